@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What can go wrong, one class per cause.
+
+Law: an error is raised where its cause is known, says what happened, to which domain and disk,
+and what to do, in one lower-case sentence; it becomes an errno in one place (`operations`) and
+an exit status in another (`cli`). Nothing below those two knows either number's use.
+
+Whatever belongs to a point in time that is over answers `EIO`, never `ESTALE`: on ESTALE the
+kernel looks the whole path up again within the same system call, which would silently carry a
+reader over into the next point.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(eq=False)
+class BackupfsError(Exception):
+    """Anything that backupfs itself refuses or has lost; `str()` is the sentence for the user."""
+
+    errno: ClassVar[int] = errno.EIO
+    exit_status: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        raise NotImplementedError  # every cause has its own sentence
+
+    def __post_init__(self) -> None:
+        # A dataclass does not call Exception.__init__; without args the error cannot be pickled.
+        self.args = tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+# --- the command line and the mount point ------------------------------------------------------
+
+
+@dataclass(eq=False)
+class UsageError(BackupfsError):
+    """The command line or an option is wrong."""
+
+    errno: ClassVar[int] = errno.EINVAL
+    exit_status: ClassVar[int] = 2
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(eq=False)
+class MountPointError(BackupfsError):
+    """The mount point cannot be used."""
+
+    errno: ClassVar[int] = errno.EINVAL
+    exit_status: ClassVar[int] = 32  # mount(8): mount failure
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(eq=False)
+class MissingDependency(BackupfsError):
+    """A program or a module that backupfs needs is not installed."""
+
+    errno: ClassVar[int] = errno.ENOENT
+    exit_status: ClassVar[int] = 3
+    what: str
+    package: str
+
+    def __str__(self) -> str:
+        return f"{self.what} is missing: install the package {self.package}"
+
+
+# --- libvirt -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class LibvirtUnavailable(BackupfsError):
+    """No libvirt answers at the URI."""
+
+    errno: ClassVar[int] = errno.EIO
+    exit_status: ClassVar[int] = 4
+    uri: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot reach libvirt at {self.uri or 'its default URI'}: {self.reason}"
+
+
+@dataclass(eq=False)
+class LibvirtRefused(BackupfsError):
+    """Libvirt refused a call for a reason of its own."""
+
+    domain: str
+    action: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: cannot {self.action}: {self.reason}"
+
+
+@dataclass(eq=False)
+class LibvirtTimeout(LibvirtRefused):
+    """Libvirt, or QEMU behind it, did not answer in time."""
+
+    errno: ClassVar[int] = errno.EIO
+
+
+@dataclass(eq=False)
+class AccessRefused(LibvirtRefused):
+    """Libvirt does not allow this user to do it."""
+
+    errno: ClassVar[int] = errno.EACCES
+
+
+@dataclass(eq=False)
+class NoSuchDomain(BackupfsError):
+    """The domain is not known at the URI."""
+
+    errno: ClassVar[int] = errno.ENOENT
+    exit_status: ClassVar[int] = 5
+    source: str
+    uri: str
+
+    def __str__(self) -> str:
+        return f"no domain with the name or UUID {self.source!r} at {self.uri}: see `virsh -c {self.uri} list --all`"
+
+
+@dataclass(eq=False)
+class NoSuchCheckpoint(BackupfsError):
+    """The checkpoint has been deleted."""
+
+    errno: ClassVar[int] = errno.ENOENT
+    domain: str
+    checkpoint: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: no checkpoint {self.checkpoint!r}"
+
+
+@dataclass(eq=False)
+class DomainNotRunning(BackupfsError):
+    """A pull backup needs a running QEMU."""
+
+    errno: ClassVar[int] = errno.EIO
+    domain: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: the domain is {self.state}; start it, then look again"
+
+
+@dataclass(eq=False)
+class DomainInUse(BackupfsError):
+    """Another backupfs serves this domain already."""
+
+    errno: ClassVar[int] = errno.EBUSY
+    exit_status: ClassVar[int] = 6
+    domain: str
+    holder: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: already mounted by {self.holder}; unmount that first, or use it"
+
+
+@dataclass(eq=False)
+class ForeignJob(BackupfsError):
+    """Another program's job runs on the domain; it is never touched."""
+
+    errno: ClassVar[int] = errno.EBUSY
+    domain: str
+    job: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: {self.job} is running, and it is not ours; wait for it, or end it where it was started"
+
+
+@dataclass(eq=False)
+class DiskUnusable(BackupfsError):
+    """A disk that belongs into the backup cannot be served as things are."""
+
+    errno: ClassVar[int] = errno.EIO
+    exit_status: ClassVar[int] = 7
+    domain: str
+    disk: str
+    reason: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: disk {self.disk}: {self.reason}; {self.cure}"
+
+
+# --- the point in time -------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class PointOver(BackupfsError):
+    """What was asked for belongs to a point in time that has ended."""
+
+    domain: str
+    instant: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}: the point in time {self.instant} is over; look the path up again for the next one"
+
+
+@dataclass(eq=False)
+class PointLost(BackupfsError):
+    """The backup job ended under the point in time's readers."""
+
+    domain: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: the point in time is lost: {self.reason}"
+
+
+@dataclass(eq=False)
+class NotBegun(BackupfsError):
+    """With `begin=command` only a command begins a point in time."""
+
+    domain: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: no point in time has begun; {self.cure}"
+
+
+# --- NBD ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class NbdUnavailable(BackupfsError):
+    """The NBD server cannot be reached, or the connection broke and could not be made again."""
+
+    export: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.export}: no NBD connection: {self.reason}"
+
+
+@dataclass(eq=False)
+class NbdTimeout(NbdUnavailable):
+    """The NBD server stopped answering."""
+
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.export}: the NBD server has not answered for {self.seconds:g} s ({self.reason})"
+
+
+@dataclass(eq=False)
+class NbdReadFailed(BackupfsError):
+    """The NBD server answered a read with an error."""
+
+    export: str
+    offset: int
+    length: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.export}: reading {self.length} bytes at {self.offset} failed: {self.reason}"
+
+
+@dataclass(eq=False)
+class NbdProtocolError(BackupfsError):
+    """The NBD server told something that cannot be."""
+
+    export: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.export}: the NBD server cannot be believed: {self.reason}"
+
+
+# --- the state folder --------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class StateFolderError(BackupfsError):
+    """The state folder cannot be read or written."""
+
+    exit_status: ClassVar[int] = 8
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"state folder {self.path}: {self.reason}"
+
+
+# --- the tree ----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class NoSuchFile(BackupfsError):
+    """The tree has nothing of that name."""
+
+    errno: ClassVar[int] = errno.ENOENT
+    path: str
+
+    def __str__(self) -> str:
+        return f"no such file: {self.path}"
+
+
+@dataclass(eq=False)
+class ReadOnly(BackupfsError):
+    """The mount cannot be written to."""
+
+    errno: ClassVar[int] = errno.EROFS
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: a backup is read-only"
+
+
+@dataclass(eq=False)
+class BadXml(BackupfsError):
+    """Libvirt told XML that cannot be understood."""
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what} cannot be read: {self.reason}"

@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The backup job: the one window onto a domain's disks, and who looks through it.
+
+A domain has at most one job, so all readers share one point in time; each holds a lease.
+
+    IDLE --wanted--> STARTING --began--> RUNNING --unused--> STOPPING --ended--> IDLE
+                         `--refused--> IDLE   `--broke--> LOST --quiet--> IDLE
+
+Law: this file holds the only mutable truth about the job, in `Job.state`, and every change goes
+through `TRANSITIONS`. All of it runs in the trio thread, so whatever stands between two awaits
+is one step to everybody else.
+
+**Generations.** Each point has a number, and the folders of the *next* point carry its number
+already while the job is idle: whoever enters `raw/` and then looks inside is bound to the point
+that his look begins, not thrown out by it. When the point ends the number moves on, and what was
+entered under the old one answers `EIO` until it has been looked up by its path again.
+
+**In use** means: a file is open, or a process that opened one still lives, or something was
+asked for within `idle=`. So a tool that is between two files, or was stopped for an hour by a
+slow target, keeps its point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import math
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from backupfs.domain import Domain, Happening, Kind
+from backupfs.domainxml import Reason, parse_backup
+from backupfs.errors import BackupfsError, NotBegun, PointLost, PointOver
+from backupfs.options import Options
+from backupfs.point import Point, open_point
+from backupfs.state import State
+
+log = logging.getLogger("backupfs.job")
+
+QUIET_SECONDS: Final = 60.0  # a lost point is forgotten when nobody has asked for so long
+
+
+class JobState(enum.Enum):
+    """Where the job is; see the module's drawing."""
+
+    IDLE = "idle"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    LOST = "lost"
+
+
+class Event(enum.Enum):
+    """What moves it."""
+
+    WANTED = "wanted"
+    BEGAN = "began"
+    REFUSED = "refused"
+    UNUSED = "unused"
+    ENDED = "ended"
+    BROKE = "broke"
+    QUIET = "quiet"
+
+
+TRANSITIONS: Final = {
+    (JobState.IDLE, Event.WANTED): JobState.STARTING,
+    (JobState.STARTING, Event.BEGAN): JobState.RUNNING,
+    (JobState.STARTING, Event.REFUSED): JobState.IDLE,
+    (JobState.RUNNING, Event.UNUSED): JobState.STOPPING,
+    (JobState.STOPPING, Event.ENDED): JobState.IDLE,
+    (JobState.RUNNING, Event.BROKE): JobState.LOST,
+    (JobState.LOST, Event.QUIET): JobState.IDLE,
+}
+
+
+@dataclass(eq=False)
+class Lease:
+    """One open file's claim on a point in time."""
+
+    point: Point
+    _job: Job
+    _released: bool = False
+
+    def check(self) -> None:
+        """Raise PointLost or PointOver unless the point is still being served."""
+        if self.point.lost is not None:
+            raise PointLost(self.point.domain, self.point.lost)
+        if self.point.over:
+            raise PointOver(self.point.domain, self.point.instant)
+        self._job.touch()
+
+    def release(self) -> None:
+        """Give the claim back; a second time does nothing."""
+        if not self._released:
+            self._released = True
+            self._job._leases.discard(self)
+            self._job.touch()
+            self._job._changed.set()
+            self._job._released.set()
+            self._job._released = trio.Event()
+
+
+@dataclass(eq=False)
+class Job:
+    """The domain's backup job as this mount sees it. Got with `open_job`."""
+
+    domain: Domain
+    record: State
+    options: Options
+    state: JobState = JobState.IDLE
+    generation: int = 1
+    point: Point | None = None
+    refusal: str | None = None
+    lost: str | None = None
+    left_out: Mapping[str, Reason] = field(default_factory=dict)
+    last_activity: float = field(default_factory=trio.current_time)
+    _nursery: trio.Nursery | None = None
+    _leases: set[Lease] = field(default_factory=set)
+    _openers: dict[int, int] = field(default_factory=dict)
+    _settled: trio.Event = field(default_factory=trio.Event)
+    _end_wanted: trio.Event = field(default_factory=trio.Event)
+    _changed: trio.Event = field(default_factory=trio.Event)
+    _released: trio.Event = field(default_factory=trio.Event)
+    _error: BackupfsError | None = None
+    _closing: bool = False
+
+    # --- what the tree asks ------------------------------------------------------------------
+
+    async def look(self) -> Point:
+        """Return the point in time, and begin it if this is the first look.
+
+        Raises what `open_point` raises, PointLost while a lost point is not forgotten, and
+        NotBegun where only a command begins one.
+        """
+        while self.state is not JobState.RUNNING:
+            if self.state is JobState.LOST:
+                self.touch()
+                raise PointLost(self.domain.name, self.lost or "the backup job ended")
+            if self.state is JobState.IDLE:
+                if self.options.begin == "command":
+                    raise NotBegun(self.domain.name, "run `backupfs begin MOUNTPOINT`")
+                self._want()
+            await self._wait_settled()
+        self.touch()
+        assert self.point is not None
+        return self.point
+
+    async def begin(self) -> Point:
+        """Begin a point in time by command; return the running one if there is one."""
+        if self.state is JobState.LOST:
+            await self.release()
+        if self.state is JobState.IDLE:
+            self._want()
+        while self.state is not JobState.RUNNING:
+            if self.state is JobState.IDLE:
+                self._want()
+            await self._wait_settled()
+        assert self.point is not None
+        return self.point
+
+    async def release(self) -> int:
+        """End the point in time, or forget the lost one; return how many open files it cut off."""
+        while self.state in (JobState.STARTING, JobState.STOPPING):
+            with contextlib.suppress(BackupfsError):
+                await self._wait_settled()
+        if self.state is JobState.LOST:
+            await self._settled.wait()  # its remains are still being cleared away
+            if self.state is JobState.LOST:
+                self._fire(Event.QUIET)
+            return 0
+        if self.state is JobState.IDLE:
+            return 0
+        cut_off = len(self._leases)
+        self._end("released by command")
+        await self._wait_settled()
+        return cut_off
+
+    def lease(self, point: Point, pid: int) -> Lease:
+        """Claim *point* for a file that the process *pid* opens."""
+        lease = Lease(point, self)
+        lease.check()
+        self._leases.add(lease)
+        self._hold_by_process(pid)
+        return lease
+
+    def touch(self) -> None:
+        """Note that somebody asked for something."""
+        self.last_activity = trio.current_time()
+
+    def touch_if_lost(self) -> None:
+        """Note that somebody still asks for what is lost, so that it is not forgotten yet."""
+        if self.state is JobState.LOST:
+            self.touch()
+
+    @property
+    def open_files(self) -> int:
+        """How many files of points in time are open, of ended ones too."""
+        return len(self._leases)
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """The living processes that opened a file of the point."""
+        return tuple(sorted(self._openers))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a file is open, or a process that opened one still lives."""
+        return bool(self._leases or self._openers)
+
+    # --- the life of a point -----------------------------------------------------------------
+
+    def _fire(self, event: Event) -> None:
+        """Change the state; an event that the state does not know raises and changes nothing."""
+        self.state = TRANSITIONS[self.state, event]
+        self._changed.set()
+        if self.state is JobState.IDLE and event is not Event.REFUSED:
+            self.lost = None
+            self.generation += 1
+
+    def _want(self) -> None:
+        if self._closing or self._nursery is None:
+            raise PointLost(self.domain.name, "the file system is being unmounted")
+        self._fire(Event.WANTED)
+        self._settled = trio.Event()
+        self._end_wanted = trio.Event()
+        self._error = None
+        self._nursery.start_soon(self._live)
+
+    async def _wait_settled(self) -> None:
+        """Wait until the job is neither starting nor stopping; raise what a start has met."""
+        # A begin behind a stopped QEMU can take for ever, and a reader in the kernel cannot be
+        # killed before he is answered.
+        settled = self._settled
+        with trio.move_on_after(self.options.timeout):
+            await settled.wait()
+            if self._error is not None and self.state is not JobState.RUNNING:
+                raise self._error
+            return
+        raise PointLost(self.domain.name, f"the backup job is still {self.state.value} after {self.options.timeout:g} s")
+
+    async def _live(self) -> None:
+        """Live through one point in time, from the first look to the job's end."""
+        try:
+            async with open_point(
+                self.domain, self.record, self.options, generation=self.generation, on_lost=self._lose
+            ) as point:
+                self.point = point
+                self.left_out = point.left_out
+                self.refusal = None
+                self.touch()
+                self._fire(Event.BEGAN)
+                self._settled.set()
+                log.info("%s: point in time %d begins (job %s)", self.domain.name, point.instant, point.job_id)
+                await self._end_wanted.wait()
+                await trio.lowlevel.checkpoint()  # answers that are on their way belong to the point
+        except BackupfsError as error:
+            self._refused(error)
+        except Exception:
+            log.exception("%s: unexpected", self.domain.name)
+            self._refused(PointLost(self.domain.name, "an unexpected error; see the log"))
+        finally:
+            self.point = None
+            if self.state is JobState.STOPPING:
+                self._fire(Event.ENDED)
+            self._settled.set()
+            self._changed.set()
+
+    def _refused(self, error: BackupfsError) -> None:
+        if self.state is not JobState.STARTING:
+            log.error("%s", error)
+            return
+        self._error = error
+        if str(error) != self.refusal:  # once a cause, not once a look
+            log.warning("no point in time: %s", error)
+        self.refusal = str(error)
+        self._fire(Event.REFUSED)
+
+    def _end(self, reason: str) -> None:
+        """Begin to end the running point, in good order."""
+        point = self.point
+        assert point is not None
+        assert self.state is JobState.RUNNING
+        log.info("%s: point in time %d ends: %s", self.domain.name, point.instant, reason)
+        point.over = True
+        self._settled = trio.Event()
+        self._error = None
+        self._fire(Event.UNUSED)
+        self._forget_openers()
+        self._end_wanted.set()
+
+    def _lose(self, reason: str) -> None:
+        """The job is dead: readers get EIO until nobody has asked for a while."""
+        point = self.point
+        if self.state is not JobState.RUNNING or point is None:
+            return
+        log.warning(
+            "%s: point in time %d is lost: %s; readers get EIO until nobody has asked for %g s, or `backupfs release`",
+            self.domain.name, point.instant, reason, QUIET_SECONDS,
+        )
+        point.over = True
+        point.lost = self.lost = reason
+        self.touch()
+        self._settled = trio.Event()
+        self._error = None
+        self._fire(Event.BROKE)
+        self._forget_openers()
+        self._end_wanted.set()
+
+    # --- what happens by itself --------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        """Hear what happens to the domain."""
+        async for happening in self.domain.happenings:
+            if self.state is JobState.RUNNING:
+                await self._hear(happening)
+
+    async def _hear(self, happening: Happening) -> None:
+        point = self.point
+        assert point is not None
+        if happening.kind is Kind.STOPPED:
+            self._lose(f"the domain was {happening.detail}")
+            return
+        # The job has ended, or may have while libvirt was away: ask what runs now.
+        try:
+            ours = await self._is_running(point)
+        except BackupfsError as error:
+            log.debug("%s: %s", self.domain.name, error)  # the next event or read will tell
+            return
+        if not ours and point is self.point:
+            why = f": {happening.detail}" if happening.detail else ""
+            self._lose(f"the backup job was ended from outside{why}")
+
+    async def _is_running(self, point: Point) -> bool:
+        if (xml := await self.domain.backup_xml()) is None:
+            return False
+        return parse_backup(xml).socket == point.socket
+
+    async def _watch_the_clock(self) -> None:
+        """End a point that nobody uses, forget a lost one that nobody asks for."""
+        while True:
+            with trio.move_on_at(self._deadline()):
+                await self._changed.wait()
+            self._changed = trio.Event()
+            self._check_clock()
+
+    def _deadline(self) -> float:
+        """Say when, on trio's clock, time alone will change something if nothing else does."""
+        waits = [math.inf]
+        if self.state is JobState.LOST and self._settled.is_set():
+            waits.append(QUIET_SECONDS)
+        elif self.state is JobState.RUNNING:
+            waits.append(self.options.idle_max or math.inf)
+            if not self.is_held:
+                waits.append(self.options.idle or math.inf)
+        return self.last_activity + min(waits)
+
+    def _check_clock(self) -> None:
+        if trio.current_time() < self._deadline():
+            return
+        quiet = trio.current_time() - self.last_activity
+        if self.state is JobState.LOST:
+            log.info("%s: the lost point in time is forgotten; the next look begins another", self.domain.name)
+            self._fire(Event.QUIET)
+        elif self.options.idle_max and quiet >= self.options.idle_max:
+            self._lose(f"no request for {quiet:.0f} s (idle-max)")
+        else:
+            self._end(f"idle for {quiet:.0f} s")
+
+    # --- processes that hold the point -------------------------------------------------------
+
+    def _hold_by_process(self, pid: int) -> None:
+        """Let the process hold the point for as long as it lives."""
+        # 0: the process is in another PID namespace; then only its open files count.
+        if pid <= 0 or self._nursery is None:
+            return
+        pid = _thread_group(pid)
+        if pid in self._openers:
+            return
+        try:
+            # The process waits for our answer to its open, so the number is still its own.
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            log.debug("%s: no pidfd of process %d: %s", self.domain.name, pid, error)
+            return
+        self._openers[pid] = pidfd
+        self._nursery.start_soon(self._await_death, pid, pidfd)
+
+    async def _await_death(self, pid: int, pidfd: int) -> None:
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        except trio.ClosedResourceError:
+            return  # the point ended first
+        if self._openers.get(pid) == pidfd:
+            del self._openers[pid]
+            trio.lowlevel.notify_closing(pidfd)
+            os.close(pidfd)
+            self._changed.set()
+
+    def _forget_openers(self) -> None:
+        openers, self._openers = self._openers, {}
+        for pidfd in openers.values():
+            trio.lowlevel.notify_closing(pidfd)
+            os.close(pidfd)
+
+    async def wait_no_open_files(self) -> None:
+        """Wait until nobody has a file of a point open."""
+        while self._leases:
+            await self._released.wait()
+
+    async def shut(self) -> None:
+        """End the point whoever uses it, and begin no other; readers get EIO."""
+        self._closing = True
+        await self._close()
+
+    async def _close(self) -> None:
+        """End what runs, before the file system goes."""
+        self._closing = True
+        with trio.move_on_after(self.options.timeout) as scope:
+            scope.shield = True
+            while self.state is JobState.STARTING:
+                with contextlib.suppress(BackupfsError):
+                    await self._wait_settled()
+            if self.state is JobState.RUNNING:
+                self._end("unmounted")
+            await self._settled.wait()
+            return
+        log.error(
+            "%s: the backup job is still %s after %g s; it stays recorded, the next mount will end it",
+            self.domain.name, self.state.value, self.options.timeout,
+        )
+
+
+def _thread_group(tid: int) -> int:
+    """Return the process that the thread *tid* belongs to; FUSE tells threads."""
+    try:
+        with open(f"/proc/{tid}/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("Tgid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass  # gone already: then no process holds anything
+    return tid
+
+
+@contextlib.asynccontextmanager
+async def open_job(domain: Domain, record: State, options: Options) -> AsyncIterator[Job]:
+    """Watch over the domain's backup job; on the way out, end it."""
+    job = Job(domain, record, options)
+    job._settled.set()
+    async with trio.open_nursery() as nursery:
+        job._nursery = nursery
+        nursery.start_soon(job._listen)
+        nursery.start_soon(job._watch_the_clock)
+        try:
+            yield job
+        finally:
+            await job._close()
+            job._forget_openers()
+            nursery.cancel_scope.cancel()

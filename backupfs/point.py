@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One point in time: a backup job, its exports, and what a restore needs besides the disks.
+
+    survey ─► clear left-overs ─► nvram ─► backupBegin ─► connect NBD ─► extent maps ─► label ─► serve
+                                               │
+                  close NBD ◄── end ───────────┘     in reverse, whatever happened on the way:
+                      └─► abort the job ─► wait until libvirt has ended it ─► remove socket and scratch
+
+Law: the job's record is on disk before the job begins and goes only after the job is gone, so
+whatever kills this process, the next mount knows which job is ours. A job that is not in the
+record is never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from backupfs import domainxml
+from backupfs.domain import Domain
+from backupfs.errors import (
+    BackupfsError,
+    DomainNotRunning,
+    ForeignJob,
+    LibvirtRefused,
+    LibvirtUnavailable,
+    NoSuchDomain,
+)
+from backupfs.export import Export, open_export
+from backupfs.image import RawImage
+from backupfs.nbdclient import Address
+from backupfs.options import Options
+from backupfs.state import JobRecord, State, next_instant
+
+log = logging.getLogger("backupfs.point")
+
+LONGEST_SOCKET_PATH: Final = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
+GONE_SECONDS: Final = 30.0  # libvirt needs up to 1 s after an abort; more means that something is wrong
+NVRAM_ATTEMPTS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What the domain has and what of it takes part; made before anything begins."""
+
+    domain: domainxml.DomainFacts
+    disks: tuple[domainxml.Disk, ...]
+    selection: domainxml.Selection
+
+
+@dataclass(eq=False)
+class Point:
+    """One instant of a domain, being served. Got with `open_point`.
+
+    `instant` is its label, in whole seconds since 1970; `generation` tells it from the other
+    points of this mount. `over` is set before its job ends and never cleared.
+    """
+
+    generation: int
+    domain: str
+    job_id: str
+    socket: str
+    began: float
+    instant: int
+    files: Mapping[str, bytes]
+    images: Mapping[str, RawImage]
+    exports: Mapping[str, Export]
+    scratches: Mapping[str, str]
+    left_out: Mapping[str, domainxml.Reason]
+    over: bool = False
+    lost: str | None = field(default=None)
+
+
+async def survey(domain: Domain, options: Options) -> Survey:
+    """Look at the domain and decide which disks take part.
+
+    Raises UsageError for a name in `disks=` or `exclude=` that the domain does not have, and
+    DiskUnusable for a disk that belongs into the backup but cannot take part as things are.
+    """
+    xml = await domain.live_xml()
+    disks = domainxml.parse_disks(xml)
+    selection = domainxml.select_disks(
+        disks, domain=domain.name, only=options.disks, exclude=options.exclude, scratch=options.scratch
+    )
+    return Survey(domainxml.parse_domain(xml), disks, selection)
+
+
+async def clear_left_over(domain: Domain, state: State) -> None:
+    """End the job that a killed process of ours has left, and remove its files.
+
+    Called by the one who holds the state folder's lock, so the process really is gone. Raises
+    ForeignJob where another program's job runs.
+    """
+    record = state.job
+    xml = await domain.backup_xml()
+    running = domainxml.parse_backup(xml).socket if xml is not None else None
+    if xml is not None and (record is None or running != record.socket):
+        raise ForeignJob(domain.name, f"a backup job that serves on {running or 'another transport'}")
+    if record is not None:
+        log.info("%s: ending the backup job that was left over, on %s", domain.name, record.socket)
+        await _end_job(domain, state, record)
+
+
+@contextlib.asynccontextmanager
+async def open_point(
+    domain: Domain,
+    state: State,
+    options: Options,
+    *,
+    generation: int,
+    on_lost: Callable[[str], None],
+) -> AsyncIterator[Point]:
+    """Begin a point in time and serve it; end its job on the way out.
+
+    *on_lost* is called, in the trio thread, with the reason when the exports are found dead.
+    Raises DomainNotRunning, ForeignJob, DiskUnusable, LibvirtRefused and what NBD can raise.
+    """
+    if not await domain.is_alive():
+        raise DomainNotRunning(domain.name, await domain.state())
+    await clear_left_over(domain, state)
+    if (job := await domain.job_statistics()) is not None:
+        raise ForeignJob(domain.name, f"a {job.operation} job")
+    seen = await survey(domain, options)
+    if not seen.selection.taking:
+        raise LibvirtRefused(domain.name, "begin a backup", "no disk of the domain can take part")
+
+    job_id = secrets.token_hex(8)
+    scratches = {
+        disk.target: domainxml.scratch_path(disk, job_id, options.scratch, domain.name)
+        for disk in seen.selection.taking
+    }
+    socket = _socket_path(domain, state, seen.domain, job_id)
+    record = JobRecord(
+        job_id=job_id, socket=socket, scratches=tuple(scratches.values()), domain_id=seen.domain.id, began=time.time()
+    )
+    nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
+    restore_xml = await domain.restore_xml()
+    state.record_job(record)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(_end_job, domain, state, record)
+        await domain.begin_backup(
+            domainxml.render_backup(seen.disks, seen.selection.taking, socket=socket, scratches=scratches)
+        )
+        began = time.time()
+        nvram, nvram_reason = await _settle_nvram(domain, seen.domain.nvram, nvram, nvram_reason)
+
+        async def allow_reconnect() -> bool:
+            return await _is_ours(domain, socket, on_lost)
+
+        exports: dict[str, Export] = {}
+        for disk in seen.selection.taking:
+            exports[disk.target] = await stack.enter_async_context(
+                open_export(
+                    Address(socket, disk.target),
+                    connections=options.connections,
+                    timeout=options.timeout,
+                    allow_reconnect=allow_reconnect,
+                )
+            )
+        files = {"domain.xml": restore_xml.encode()}
+        left_out = dict(seen.selection.left_out)
+        if nvram is not None:
+            files["nvram.fd"] = nvram
+        elif nvram_reason is not None:
+            left_out["nvram"] = nvram_reason
+        yield Point(
+            generation=generation,
+            domain=domain.name,
+            job_id=job_id,
+            socket=socket,
+            began=began,
+            instant=await _label(domain.name, state),
+            files=files,
+            images={target: RawImage(export, export.extents) for target, export in exports.items()},
+            exports=exports,
+            scratches=scratches,
+            left_out=left_out,
+        )
+
+
+async def _label(domain: str, state: State) -> int:
+    """Give the point its label, durably, and wait until the clock has reached it.
+
+    The label is taken after the job began, so nothing in the point is younger than it says.
+    rsync and its like compare whole seconds, hence two points never share one.
+    """
+    instant = next_instant(time.time(), state.last_instant)
+    ahead = instant - time.time()
+    if ahead > 1.0:
+        log.warning(
+            "%s: the clock is %.0f s behind the last point in time; labels run ahead of it until it has caught up",
+            domain,
+            math.ceil(ahead),
+        )
+    else:
+        await trio.sleep(ahead)
+    state.advance_to(instant)
+    return instant
+
+
+async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) -> bool:
+    """Whether the job on *socket* still runs, so that a broken NBD connection may be made again."""
+    try:
+        xml = await domain.backup_xml()
+    except LibvirtUnavailable:
+        # libvirtd is away too. The socket's name is that of one job only, so whatever
+        # answers there is that job.
+        return True
+    except BackupfsError as error:
+        on_lost(str(error))
+        return False
+    if xml is not None and domainxml.parse_backup(xml).socket == socket:
+        return True
+    on_lost("the backup job has ended")
+    return False
+
+
+async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
+    """End our job, wait until libvirt says that it is gone, and remove what it left."""
+    with trio.CancelScope(shield=True):
+        try:
+            with contextlib.suppress(NoSuchDomain):  # undefined, or a transient one that stopped
+                await domain.abort_backup(record.socket)
+                await _wait_until_gone(domain, record.socket)
+            await trio.to_thread.run_sync(_remove_files, domain, record)
+        except BackupfsError as error:
+            # Kept in the record: the next point, or the next mount, ends it.
+            log.error("%s; the job on %s stays recorded, the next mount will end it", error, record.socket)
+        else:
+            state.forget_job()
+
+
+async def _wait_until_gone(domain: Domain, socket: str) -> None:
+    # No event tells reliably: the one for the job's end comes before its files are removed.
+    with trio.move_on_after(GONE_SECONDS):
+        while (xml := await domain.backup_xml()) is not None and domainxml.parse_backup(xml).socket == socket:
+            await trio.sleep(0.02)
+        return
+    raise LibvirtRefused(domain.name, "end the backup job", f"it is still there after {GONE_SECONDS:g} s")
+
+
+def _remove_files(domain: Domain, record: JobRecord) -> None:
+    """Remove the job's socket and scratch files where they are still there (QEMU was killed).
+
+    Each name is made up of the job's random number, so nobody else's file can have it.
+    """
+    if not domain.is_local:
+        return
+    for path in (record.socket, *record.scratches):
+        if record.job_id not in os.path.basename(path):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.unlink(path)
+            except PermissionError as error:
+                log.warning("%s: cannot remove %s: %s; remove it by hand", domain.name, path, error.strerror)
+
+
+def _socket_path(domain: Domain, state: State, facts: domainxml.DomainFacts, job_id: str) -> str:
+    """Choose where QEMU shall listen: its own folder, which no other user can enter.
+
+    AppArmor and SELinux let QEMU write there, which they do of few other places. Where that
+    folder is not to be seen, a folder of ours, opened to the domain's QEMU alone.
+    """
+    for base in _libvirt_folders(domain.uri):
+        for folder in sorted(base.glob(f"domain-{facts.id}-*")):
+            path = str(folder / f"backupfs-{job_id}.sock")
+            if folder.is_dir() and len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
+                return path
+    folder = Path("/run/backupfs", domain.uuid) if os.geteuid() == 0 else state.folder
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.geteuid() == 0:
+        folder.parent.chmod(0o711)
+        if facts.qemu_user is not None:
+            os.chown(folder, *facts.qemu_user)
+    path = str(folder / f"backupfs-{job_id}.sock")
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        raise LibvirtRefused(domain.name, "begin a backup", f"the socket's path {path} is too long for a socket")
+    return path
+
+
+def _libvirt_folders(uri: str) -> list[Path]:
+    if "/session" not in uri:
+        return [Path("/var/lib/libvirt/qemu")]
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return [Path(config, "libvirt/qemu/lib")]
+
+
+async def _read_nvram(domain: Domain, path: str | None) -> tuple[bytes | None, domainxml.Reason | None]:
+    """Read the UEFI variables; (None, None) where the domain has none."""
+    if path is None:
+        return None, None
+    if not domain.is_local:
+        return None, domainxml.Reason(f"{path} is on another host", "copy it from there")
+    try:
+        return await trio.Path(path).read_bytes(), None
+    except OSError as error:
+        reason = domainxml.Reason(f"cannot read {path}: {error.strerror}", "run backupfs as a user who may read it")
+        return None, reason
+
+
+async def _settle_nvram(
+    domain: Domain, path: str | None, before: bytes | None, reason: domainxml.Reason | None
+) -> tuple[bytes | None, domainxml.Reason | None]:
+    """Read the variables again until they are the same twice: then no write was half done."""
+    for _ in range(NVRAM_ATTEMPTS):
+        if before is None:
+            return before, reason
+        after, reason = await _read_nvram(domain, path)
+        if after == before:
+            return after, reason
+        before = after
+    return None, domainxml.Reason(f"{path} kept changing while it was read", "begin another point in time")
