@@ -4,7 +4,7 @@
 Libvirt's calls block, some of them (behind a stopped QEMU) for ever. So each runs in a thread.
 
     question   given up after `timeout`; the thread ends when libvirt does
-    deed       begin, abort: never abandoned, because nobody would know whether it took effect
+    deed       begin, abort: not given up before the process ends, and recorded before it is done
 
 What happens to the domain by itself (it stops, its job ends, libvirtd restarts) arrives through
 libvirt's event loop, which runs in one daemon thread for the process, and is handed to the trio
@@ -194,9 +194,10 @@ class Domain:
         That is the migratable form: the devices of now, hot-plugged ones too, without what only
         belongs to this run of it (addresses of sockets, process labels, backing chains).
         """
-        xml = cast(str, await self._ask(
-            "read the definition", lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
-        ))
+        xml = cast(
+            str,
+            await self._ask("read the definition", lambda d: d.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)),
+        )
         return domainxml.strip_secrets(xml)
 
     async def checkpoints(self) -> dict[str, str]:
@@ -221,7 +222,10 @@ class Domain:
             try:
                 return cast(str, d.backupGetXMLDesc(0))
             except libvirt.libvirtError as error:
-                if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN_BACKUP, libvirt.VIR_ERR_OPERATION_INVALID):
+                if error.get_error_code() in (
+                    libvirt.VIR_ERR_NO_DOMAIN_BACKUP,
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                ):
                     return None
                 raise
 
@@ -247,7 +251,7 @@ class Domain:
     # --- deeds -------------------------------------------------------------------------------
 
     async def begin_backup(self, backup_xml: str) -> None:
-        """Begin a backup job; when it returns, the instant is fixed. Never given up half-way."""
+        """Begin a backup job; when it returns, the instant is fixed."""
         await self._do("begin the backup job", lambda d: d.backupBegin(backup_xml, None, 0))
 
     async def abort_backup(self, socket: str) -> bool:
@@ -278,18 +282,25 @@ class Domain:
 
     async def _ask(self, action: str, question: Callable[[Any], T]) -> T:
         """Put a question that changes nothing; give up after `timeout`."""
-        with trio.move_on_after(self.timeout):
-            return await self._call(action, question, abandon=True)
+        try:
+            with trio.fail_after(self.timeout):
+                return await self._call(action, question)
+        except trio.TooSlowError:
+            pass
         if self._connection is None:
             raise LibvirtUnavailable(self.uri, f"the connection is lost; tried again for {self.timeout:g} s")
         raise LibvirtTimeout(self.name, action, f"libvirt has not answered for {self.timeout:g} s")
 
     async def _do(self, action: str, deed: Callable[[Any], T]) -> T:
-        with trio.CancelScope(shield=True):
-            return await self._call(action, deed, abandon=False)
+        """Do something that has an effect; given up only when the process is about to end.
 
-    async def _call(self, action: str, what: Callable[[Any], T], *, abandon: bool) -> T:
-        for attempt in (1, 2):
+        Then nobody knows whether it took effect, but the state folder's record says that it may
+        have, and the next mount looks.
+        """
+        return await self._call(action, deed, again=False)
+
+    async def _call(self, action: str, what: Callable[[Any], T], *, again: bool = True) -> T:
+        while True:
             await self._connected.wait()
             connection = self._connection
             assert connection is not None  # set together with the event
@@ -298,17 +309,17 @@ class Domain:
                 return what(connection.lookupByUUIDString(self.uuid))
 
             try:
-                return await trio.to_thread.run_sync(work, abandon_on_cancel=abandon)
+                return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
             except libvirt.libvirtError as error:
                 if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                     raise NoSuchDomain(self.name, self.uri) from error
-                # A question that met the restart of libvirtd is put once more; a deed is not:
-                # it may have been done.
-                if abandon and attempt == 1 and not await _is_alive(connection):
+                # A question that met the restart of libvirtd is put once more; a deed is not,
+                # for it may have been done.
+                if again and not await _is_alive(connection):
+                    again = False
                     self._lose(connection)
                     continue
                 raise _refusal(error, self.name, action) from error
-        raise AssertionError("unreachable")
 
     def _lose(self, connection: _Connection | None) -> None:
         """Note that *connection* is dead; the healer makes another one."""

@@ -242,7 +242,12 @@ def strip_secrets(xml: str) -> str:
 
 
 def select_disks(
-    disks: tuple[Disk, ...], *, domain: str, only: Collection[str] | None, exclude: Collection[str], scratch: str | None
+    disks: tuple[Disk, ...],
+    *,
+    domain: str,
+    only: Collection[str] | None,
+    exclude: Collection[str],
+    scratch: str | None,
 ) -> Selection:
     """Decide which disks take part.
 
@@ -285,7 +290,10 @@ def _never(disk: Disk) -> Reason | None:
 def _check_usable(disk: Disk, domain: str, scratch: str | None) -> None:
     if file_name(disk.target + ".inc.qcow2") is None:
         raise DiskUnusable(
-            domain, ascii(disk.target), "its name cannot be a file's", f"leave it out: -o exclude={ascii(disk.target)}"
+            domain,
+            ascii(disk.target),
+            "its name cannot be a file's",
+            f"leave it out: -o exclude={disk.target!a}",
         )
     if disk.source_type != "file" and scratch is None:
         raise DiskUnusable(

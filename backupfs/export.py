@@ -102,7 +102,11 @@ class Export:
     """
 
     def __init__(
-        self, address: Address, connections: int, timeout: float, allow_reconnect: Callable[[], Awaitable[bool]]
+        self,
+        address: Address,
+        connections: int,
+        timeout: float,
+        allow_reconnect: Callable[[], Awaitable[bool]],
     ) -> None:
         self.address = address
         self.size = 0
@@ -116,7 +120,6 @@ class Export:
         self._gone: list[tuple[int, int]] = []  # requests and bytes of connections that broke
         self._reconnecting = trio.Lock()
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
-        self._serial = 0
         self._orphans: list[_Block] = []
         self._closed = False
 
@@ -157,20 +160,19 @@ class Export:
     def _stream(self, offset: int, length: int) -> _Stream:
         """Find or make the stream that the read belongs to, and move it on."""
         end = offset + length
-        for key, stream in reversed(self._streams.items()):
+        for stream in reversed(self._streams.values()):
             if stream.ahead and -SLACK <= offset - stream.position <= SLACK:
                 break
             if not stream.ahead and offset == stream.position:
                 break
         else:
-            key, stream = self._serial, _Stream(0)
-            self._serial += 1
-            self._streams[key] = stream
+            stream = _Stream(0)
+            self._streams[id(stream)] = stream
             self._set_position(stream, end)
             if len(self._streams) > STREAMS:
                 self._drop(self._streams.popitem(last=False)[1])
             return stream
-        self._streams.move_to_end(key)
+        self._streams.move_to_end(id(stream))
         stream.ahead = min(AHEAD, stream.ahead + 1)
         self._set_position(stream, max(end, stream.position))
         return stream

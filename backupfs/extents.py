@@ -14,7 +14,7 @@ so, against 21 MB as tuples, and bisect finds one in them without unpacking any.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -44,9 +44,9 @@ class ExtentMap:
     def iter_range(self, start: int, stop: int) -> Iterator[Extent]:
         """Yield the parts of the extents that lie in [start, stop), which must lie in the map.
 
-            map      |---a---|-------b-------|---c---|
-            range        [-----------------)
-            yields       |-a-|-------b-----|
+        map      |---a---|-------b-------|---c---|
+        range        [-----------------)
+        yields       |-a-|-------b-----|
         """
         if not 0 <= start <= stop <= self.size:
             raise ValueError(f"[{start}, {stop}) is not in [0, {self.size})")
@@ -115,9 +115,9 @@ def uniform(size: int, flags: int = 0) -> ExtentMap:
 def combine(one: ExtentMap, other: ExtentMap, function: Callable[[int, int], int]) -> ExtentMap:
     """Return the map whose flags are *function* of both maps' flags; their sizes must agree.
 
-        one      |--a--|----b----|
-        other    |----c----|--d--|
-        result   |a,c--|b,c|b,d--|
+    one      |--a--|----b----|
+    other    |----c----|--d--|
+    result   |a,c--|b,c|b,d--|
     """
     if one.size != other.size:
         raise ValueError(f"maps of {one.size} and {other.size} bytes")

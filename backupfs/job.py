@@ -241,7 +241,9 @@ class Job:
             if self._error is not None and self.state is not JobState.RUNNING:
                 raise self._error
             return
-        raise PointLost(self.domain.name, f"the backup job is still {self.state.value} after {self.options.timeout:g} s")
+        raise PointLost(
+            self.domain.name, f"the backup job is still {self.state.value} after {self.options.timeout:g} s"
+        )
 
     async def _live(self) -> None:
         """Live through one point in time, from the first look to the job's end."""
@@ -300,7 +302,10 @@ class Job:
             return
         log.warning(
             "%s: point in time %d is lost: %s; readers get EIO until nobody has asked for %g s, or `backupfs release`",
-            self.domain.name, point.instant, reason, QUIET_SECONDS,
+            self.domain.name,
+            point.instant,
+            reason,
+            QUIET_SECONDS,
         )
         point.over = True
         point.lost = self.lost = reason
@@ -431,7 +436,9 @@ class Job:
             return
         log.error(
             "%s: the backup job is still %s after %g s; it stays recorded, the next mount will end it",
-            self.domain.name, self.state.value, self.options.timeout,
+            self.domain.name,
+            self.state.value,
+            self.options.timeout,
         )
 
 

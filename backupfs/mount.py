@@ -16,11 +16,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Final
 
 import pyfuse3
@@ -45,9 +43,7 @@ log = logging.getLogger("backupfs.mount")
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-async def serve(
-    source: str, mount_point: str, options: Options, ring: RingLog, *, ready: Callable[[], None]
-) -> None:
+async def serve(source: str, mount_point: str, options: Options, ring: RingLog, *, ready: Callable[[], None]) -> None:
     """Mount *source* at *mount_point* and serve it until it is unmounted; then clean up.
 
     *ready* is called when requests are being answered. Raises BackupfsError for anything that
@@ -90,7 +86,9 @@ async def _serve_job(
     )
     operations = Operations(
         Root(tree),
-        size=reporter.total_size, owner=(options.uid, options.gid), modes=(options.folder_mode, options.file_mode)
+        size=reporter.total_size,
+        owner=(options.uid, options.gid),
+        modes=(options.folder_mode, options.file_mode),
     )
 
     async def release() -> str:
@@ -100,16 +98,20 @@ async def _serve_job(
     async def begin() -> str:
         return f"point in time {(await job.begin()).instant}"
 
-    async with open_control(control, {"release": release, "begin": begin}), _open_fuse(
-        operations, path, _fuse_options(source, options)
-    ) as fuse:
+    async with (
+        open_control(control, {"release": release, "begin": begin}),
+        _open_fuse(operations, path, _fuse_options(source, options)) as fuse,
+    ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_run_fuse, nursery)
             nursery.start_soon(_await_unmount, job, fuse.device, nursery)
             nursery.start_soon(_await_signal, job, fuse, nursery)
             nursery.start_soon(reporter.watch)
             log.info(
-                "%s: mounted at %s (backupfs %s)", job.domain.name, path, importlib.metadata.version("backupfs")
+                "%s: mounted at %s (backupfs %s)",
+                job.domain.name,
+                path,
+                importlib.metadata.version("backupfs"),
             )
             ready()
 
@@ -169,7 +171,10 @@ async def _await_signal(job: Job, fuse: _Fuse, nursery: trio.Nursery) -> None:
             else:
                 log.warning(
                     "%s: %s, but %s: readers get EIO; the mount point stays dead until `umount %s`",
-                    job.domain.name, name, busy, fuse.path,
+                    job.domain.name,
+                    name,
+                    busy,
+                    fuse.path,
                 )
                 await job.shut()
             nursery.cancel_scope.cancel()

@@ -46,9 +46,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
 def _unescape(field: str) -> str:
     r"""Undo the kernel's octal escapes of space, tab, newline and backslash (\040 …)."""
     head, *parts = field.split("\\")
-    return head + "".join(
-        chr(int(part[:3], 8)) + part[3:] if part[:3].isdigit() else "\\" + part for part in parts
-    )
+    return head + "".join(chr(int(part[:3], 8)) + part[3:] if part[:3].isdigit() else "\\" + part for part in parts)
 
 
 def read_mounts() -> list[Mount]:

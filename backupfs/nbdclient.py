@@ -17,6 +17,7 @@ stopped waiting for it; a request is done only when libnbd has let go of the buf
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import threading
@@ -225,8 +226,10 @@ class Connection:
                 handle.aio_notify_write()
 
     def _queue_waits(self, handle: Any) -> bool:
-        return bool(self._queue) and bool(handle.aio_is_ready() or handle.aio_is_processing()) and (
-            handle.aio_in_flight() < IN_FLIGHT
+        return (
+            bool(self._queue)
+            and bool(handle.aio_is_ready() or handle.aio_is_processing())
+            and (handle.aio_in_flight() < IN_FLIGHT)
         )
 
     def _serve(self, handle: Any, in_flight: dict[int, Request]) -> None:
@@ -304,7 +307,7 @@ class Connection:
                 return 0
 
             cookie = handle.aio_block_status(length, position, collect)
-            self._drive(handle, lambda cookie=cookie: bool(handle.aio_command_completed(cookie)), "mapping")
+            self._drive(handle, functools.partial(_is_completed, handle, cookie), "mapping")
             self._add(builder, answers, position)
         if builder.position < self.size:
             self.why_no_extents = f"more than {MOST_EXTENTS} extents; beyond {builder.position} all is read"
@@ -325,3 +328,7 @@ class Connection:
                 raise NbdProtocolError(export, f"its map has an empty extent at {builder.position}")
             # The last extent of a reply may reach beyond what was asked for, says the protocol.
             builder.append(min(length, self.size - builder.position), ZERO if flags & _STATE_ZERO else 0)
+
+
+def _is_completed(handle: Any, cookie: int) -> bool:
+    return bool(handle.aio_command_completed(cookie))

@@ -34,7 +34,10 @@ class Attributes:
 class OpenFile(Protocol):
     """An open file of the tree."""
 
-    direct: bool  # past the page cache: the contents may change, and no size binds the reader
+    @property
+    def direct(self) -> bool:
+        """Whether reads go past the page cache: for contents that no size in a stat binds."""
+        ...
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return *length* bytes from *offset*; fewer only at the end of the file."""
@@ -49,7 +52,8 @@ class OpenFile(Protocol):
 class Folder(Protocol):
     """A directory."""
 
-    path: str
+    @property
+    def path(self) -> str: ...
 
     async def attributes(self) -> Attributes: ...
 
@@ -68,7 +72,8 @@ class Folder(Protocol):
 class File(Protocol):
     """A regular file."""
 
-    path: str
+    @property
+    def path(self) -> str: ...
 
     async def attributes(self) -> Attributes: ...
 

@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
@@ -36,7 +36,7 @@ XATTR_PREFIX: Final = b"user.backupfs."
 _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
 
 
-def answered(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def answered(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Let nothing but FUSEError out of *handler*: the one place where errors become numbers."""
 
     @functools.wraps(handler)
@@ -180,7 +180,7 @@ class Operations(pyfuse3.Operations):
         return FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=opened.direct, keep_cache=not opened.direct)
 
     @answered
-    async def read(self, fh: int, off: int, size: int) -> Buffer:
+    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do
         # The buffer may be one that the next read fills again: it is answered with before any await.
         return await self._files[fh].read(off, size)
 
@@ -218,8 +218,11 @@ class Operations(pyfuse3.Operations):
         return [XATTR_PREFIX + name.encode() for name in self.inodes.node(inode).xattrs()]
 
     @answered
-    async def _refuse(self, *_arguments: Any, **_more: Any) -> NoReturn:
+    async def refuse(self, *_arguments: Any, **_more: Any) -> NoReturn:
+        """Answer anything that would write with EROFS."""
         raise ReadOnly("the mount")
 
-    setattr = mknod = mkdir = unlink = rmdir = symlink = rename = link = _refuse
-    create = write = setxattr = removexattr = _refuse  # type: ignore[assignment, unused-ignore]
+
+_WRITERS: Final = "setattr mknod mkdir unlink rmdir symlink rename link create write setxattr removexattr"
+for _writer in _WRITERS.split():
+    setattr(Operations, _writer, Operations.refuse)

@@ -139,21 +139,42 @@ OPTIONS: Final = (
     Word("uri", "URI", "libvirt's connection (default: libvirt's own)", _text),
     Word("disks", "NAME[:NAME...]", "only these disks, by target name (default: all)", _names),
     Word("exclude", "NAME[:NAME...]", "all disks but these", _names),
-    Word("begin", "look|command", "what begins a point in time: the first look inside raw/ (default), or only"
-         " `backupfs begin`", _begin),
-    Word("idle", "TIME", "end a point in time that nobody has used for so long (default 15m; 0: never)", _seconds),
-    Word("idle-max", "TIME", "give a point in time up after so long without any request, even if a file is open"
-         " (default 12h; 0: never)", _seconds),
+    Word(
+        "begin",
+        "look|command",
+        "what begins a point in time: the first look inside raw/ (default), or only `backupfs begin`",
+        _begin,
+    ),
+    Word(
+        "idle",
+        "TIME",
+        "end a point in time that nobody has used for so long (default 15m; 0: never)",
+        _seconds,
+    ),
+    Word(
+        "idle-max",
+        "TIME",
+        "give a point in time up after so long without any request, even if a file is open (default 12h; 0: never)",
+        _seconds,
+    ),
     Word("scratch", "DIR", "where QEMU saves old blocks (default: beside each disk)", _folder),
     Word("connections", "N", "NBD connections for each disk, 1 to 16 (default 2)", _connections),
-    Word("timeout", "TIME", "answer EIO when libvirt or QEMU has not answered for so long (default 30s)",
-         _positive_seconds),
+    Word(
+        "timeout",
+        "TIME",
+        "answer EIO when libvirt or QEMU has not answered for so long (default 30s)",
+        _positive_seconds,
+    ),
     Word("allow_other", None, "let other users in; see also umask="),
     Word("allow_root", None, "let root in, where an ordinary user mounts"),
     Word("uid", "USER", "who owns the files (default: who mounts)", _uid),
     Word("gid", "GROUP", "their group", _gid),
-    Word("umask", "OCTAL", "take these permissions from 555 and 444 (default: 500 for folders, 400 for files)",
-         _umask),
+    Word(
+        "umask",
+        "OCTAL",
+        "take these permissions from 555 and 444 (default: 500 for folders, 400 for files)",
+        _umask,
+    ),
     Word("debug", None, "log more"),
 )
 
@@ -163,8 +184,16 @@ KERNEL: Final = frozenset({
     "relatime", "norelatime", "strictatime", "sync", "async", "dirsync",
 })  # fmt: skip
 _OPPOSITES: Final = tuple(
-    frozenset(pair.split()) for pair in
-    ("ro rw", "nosuid suid", "nodev dev", "noexec exec", "noatime atime", "relatime norelatime", "sync async")
+    frozenset(pair.split())
+    for pair in (
+        "ro rw",
+        "nosuid suid",
+        "nodev dev",
+        "noexec exec",
+        "noatime atime",
+        "relatime norelatime",
+        "sync async",
+    )
 )
 
 # Words that are for mount(8), systemd or an automounter, which all leave (some of) them in.

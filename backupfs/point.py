@@ -33,6 +33,7 @@ from backupfs.errors import (
     DomainNotRunning,
     ForeignJob,
     LibvirtRefused,
+    LibvirtTimeout,
     LibvirtUnavailable,
     NoSuchDomain,
 )
@@ -45,7 +46,7 @@ from backupfs.state import JobRecord, State, next_instant
 log = logging.getLogger("backupfs.point")
 
 LONGEST_SOCKET_PATH: Final = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
-GONE_SECONDS: Final = 30.0  # libvirt needs up to 1 s after an abort; more means that something is wrong
+END_SECONDS: Final = 20.0  # libvirt needs up to 1 s after an abort; more means that QEMU is stopped
 NVRAM_ATTEMPTS: Final = 5
 
 
@@ -73,7 +74,7 @@ class Point:
     began: float
     instant: int
     files: Mapping[str, bytes]
-    images: Mapping[str, RawImage]
+    images: Mapping[str, RawImage[Export]]
     exports: Mapping[str, Export]
     scratches: Mapping[str, str]
     left_out: Mapping[str, domainxml.Reason]
@@ -109,6 +110,8 @@ async def clear_left_over(domain: Domain, state: State) -> None:
     if record is not None:
         log.info("%s: ending the backup job that was left over, on %s", domain.name, record.socket)
         await _end_job(domain, state, record)
+        if state.job is not None:
+            raise LibvirtTimeout(domain.name, "begin a backup", f"the job left over on {record.socket} does not end")
 
 
 @contextlib.asynccontextmanager
@@ -141,7 +144,11 @@ async def open_point(
     }
     socket = _socket_path(domain, state, seen.domain, job_id)
     record = JobRecord(
-        job_id=job_id, socket=socket, scratches=tuple(scratches.values()), domain_id=seen.domain.id, began=time.time()
+        job_id=job_id,
+        socket=socket,
+        scratches=tuple(scratches.values()),
+        domain_id=seen.domain.id,
+        began=time.time(),
     )
     nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
     restore_xml = await domain.restore_xml()
@@ -227,26 +234,25 @@ async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) 
 
 async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
     """End our job, wait until libvirt says that it is gone, and remove what it left."""
-    with trio.CancelScope(shield=True):
-        try:
+    try:
+        with trio.fail_after(END_SECONDS) as scope:
+            scope.shield = True
             with contextlib.suppress(NoSuchDomain):  # undefined, or a transient one that stopped
                 await domain.abort_backup(record.socket)
                 await _wait_until_gone(domain, record.socket)
             await trio.to_thread.run_sync(_remove_files, domain, record)
-        except BackupfsError as error:
-            # Kept in the record: the next point, or the next mount, ends it.
-            log.error("%s; the job on %s stays recorded, the next mount will end it", error, record.socket)
-        else:
-            state.forget_job()
+    except (BackupfsError, trio.TooSlowError) as error:
+        # A stopped QEMU, say. Kept in the record: the next point, or the next mount, ends it.
+        why = error if isinstance(error, BackupfsError) else f"not ended within {END_SECONDS:g} s"
+        log.error("%s: the backup job on %s: %s; the next mount will end it", domain.name, record.socket, why)
+    else:
+        state.forget_job()
 
 
 async def _wait_until_gone(domain: Domain, socket: str) -> None:
     # No event tells reliably: the one for the job's end comes before its files are removed.
-    with trio.move_on_after(GONE_SECONDS):
-        while (xml := await domain.backup_xml()) is not None and domainxml.parse_backup(xml).socket == socket:
-            await trio.sleep(0.02)
-        return
-    raise LibvirtRefused(domain.name, "end the backup job", f"it is still there after {GONE_SECONDS:g} s")
+    while (xml := await domain.backup_xml()) is not None and domainxml.parse_backup(xml).socket == socket:  # noqa: ASYNC110
+        await trio.sleep(0.02)
 
 
 def _remove_files(domain: Domain, record: JobRecord) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What `backupfs status` tells: one value, three ways to write it. Pure.
 
-    Snapshot ──render_json──► .backupfs/status.json ──render_table──► a person
-             └─render_metrics► .backupfs/metrics.prom ──► Prometheus
+Snapshot ──render_json──► .backupfs/status.json ──render_table──► a person
+         └─render_metrics► .backupfs/metrics.prom ──► Prometheus
 """
 
 from __future__ import annotations
@@ -97,10 +97,15 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         return [({**own, "disk": target}, value) for target, value in values if value is not None]
 
     lines = [
-        *_metric("state", "gauge", "1 for the state that the backup job is in.", [
-            ({**own, "state": state}, int(state == snapshot.state))
-            for state in ("idle", "starting", "running", "stopping", "lost")
-        ]),
+        *_metric(
+            "state",
+            "gauge",
+            "1 for the state that the backup job is in.",
+            [
+                ({**own, "state": state}, int(state == snapshot.state))
+                for state in ("idle", "starting", "running", "stopping", "lost")
+            ],
+        ),
         *_metric("instant_seconds", "gauge", "The point in time's instant.", one(snapshot.instant)),
         *_metric("last_instant_seconds", "gauge", "The latest point in time's instant.", one(snapshot.last_instant)),
         *_metric("open_files", "gauge", "Open files of points in time.", one(snapshot.open_files)),
@@ -161,8 +166,12 @@ def render_table(status: Mapping[str, Any], console: Console) -> None:
             table.add_column(column, justify="right")
         for target, disk in status["disks"].items():
             table.add_row(
-                target, size_text(disk["size"]), size_text(disk["allocated"]), size_text(disk["read"]),
-                f"{size_text(disk['rate'])}/s", size_text(disk["scratch_free"]),
+                target,
+                size_text(disk["size"]),
+                size_text(disk["allocated"]),
+                size_text(disk["read"]),
+                f"{size_text(disk['rate'])}/s",
+                size_text(disk["scratch_free"]),
             )
         console.print(table)
     for name, why in status["why"].items():

@@ -27,7 +27,7 @@ import trio
 
 from backupfs import domainxml
 from backupfs.errors import BackupfsError, NoSuchFile, PointLost, PointOver
-from backupfs.export import resolve
+from backupfs.export import Export, resolve
 from backupfs.image import RawImage
 from backupfs.job import Job, Lease
 from backupfs.nodes import Attributes, Buffer, Node, OpenBytes, OpenFile, OpenFolder
@@ -226,9 +226,7 @@ class PointFile:
 
     async def attributes(self) -> Attributes:
         _check_point(self.tree, self.point)
-        return Attributes(
-            len(self.data), self.point.instant, generation=self.point.generation, valid=POINT_VALID
-        )
+        return Attributes(len(self.data), self.point.instant, generation=self.point.generation, valid=POINT_VALID)
 
     def xattrs(self) -> Mapping[str, str]:
         return {**self.tree.xattrs(), **_instant(self.point)}
@@ -246,7 +244,7 @@ class PointImage:
     point: Point
     path: str
     target: str
-    image: RawImage
+    image: RawImage[Export]
 
     async def attributes(self) -> Attributes:
         _check_point(self.tree, self.point)
@@ -270,7 +268,7 @@ class PointImage:
 class OpenImage:
     """An open disk image."""
 
-    image: RawImage
+    image: RawImage[Export]
     lease: Lease
     direct: bool = False
 

@@ -153,7 +153,9 @@ class Guest:
     def copy_disk(self, target: str, to: Path) -> Path:
         """Copy a paused guest's disk with qemu-img: the truth that the tests compare with."""
         subprocess.run(
-            ["qemu-img", "convert", "-U", "-O", "raw", str(self.paths[target]), str(to)], check=True, capture_output=True
+            ["qemu-img", "convert", "-U", "-O", "raw", str(self.paths[target]), str(to)],
+            check=True,
+            capture_output=True,
         )
         return to
 
@@ -197,7 +199,13 @@ def _run(*words: str | Path) -> None:
 
 
 def domain_xml(
-    name: str, identity: str, folder: Path, disks: Sequence[tuple[Disk, Path | None]], *, agent: bool, extra: str
+    name: str,
+    identity: str,
+    folder: Path,
+    disks: Sequence[tuple[Disk, Path | None]],
+    *,
+    agent: bool,
+    extra: str,
 ) -> str:
     """Write the definition of a guest that boots from the lab's kernel."""
     drawn = "".join(disk.xml(path) for disk, path in disks)
@@ -240,7 +248,12 @@ def open_guest(
         xml = domain_xml(name, identity, folder, paths, agent=agent, extra=extra.replace("{folder}", str(folder)))
         domain = connection.defineXML(xml)
         guest = Guest(
-            lab, name, identity, folder, {disk.target: path for disk, path in paths if path is not None}, domain
+            lab,
+            name,
+            identity,
+            folder,
+            {disk.target: path for disk, path in paths if path is not None},
+            domain,
         )
         if start:
             guest.start()

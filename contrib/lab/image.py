@@ -80,7 +80,9 @@ def _make(scratch: Path, boot: Boot) -> None:
     # apt's own sandbox user cannot write here, and says so at length.
     subprocess.run(
         ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", kernel[1], "qemu-guest-agent"],
-        cwd=scratch, check=True, stdout=subprocess.DEVNULL,
+        cwd=scratch,
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
     for package in scratch.glob("*.deb"):
         subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)

@@ -80,8 +80,17 @@ class Libvirt:
         path = shutil.which(program) or f"/usr/sbin/{program}"
         with open(self.folder / f"{program}.log", "ab") as log:
             daemon = subprocess.Popen(
-                [path], env={**os.environ, **self.env}, user=USER, group="nogroup", extra_groups=[], umask=0o022,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent,
+                [path],
+                env={**os.environ, **self.env},
+                user=USER,
+                group="nogroup",
+                extra_groups=[],
+                umask=0o022,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         self._daemons.append(daemon)
         deadline = time.monotonic() + START_SECONDS

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""For all tests: a WARNING that a test does not expect fails it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def logged_warnings(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """What backupfs has logged as WARNING or worse, in this process."""
+    collector = _Collector()
+    logger = logging.getLogger("backupfs")
+    logger.addHandler(collector)
+    try:
+        yield collector.lines
+    finally:
+        logger.removeHandler(collector)
+    if collector.lines and request.node.get_closest_marker("expects_warning") is None:
+        pytest.fail("unexpected warnings: " + "; ".join(collector.lines))
