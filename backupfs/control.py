@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,16 @@ LONGEST_LINE: Final = 4096
 Command = Callable[[], Awaitable[str]]
 
 
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """Name a socket's *path* in few bytes: sockaddr_un holds 107, a state folder may need more."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 @contextlib.asynccontextmanager
 async def open_control(path: Path, commands: Mapping[str, Command]) -> AsyncIterator[None]:
     """Answer *commands* on a socket at *path* for as long as the context lasts."""
@@ -38,7 +48,8 @@ async def open_control(path: Path, commands: Mapping[str, Command]) -> AsyncIter
             path.unlink()  # of a killed process: the state folder's lock is ours now
         mask = os.umask(0o177)
         try:
-            await listener.bind(str(path))
+            with _short(path) as short:
+                await listener.bind(short)
         finally:
             os.umask(mask)
         listener.listen(8)
@@ -92,7 +103,8 @@ def call(path: str, command: str, *, timeout: float) -> str:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout)
-            connection.connect(path)
+            with _short(Path(path)) as short:
+                connection.connect(short)
             connection.sendall(json.dumps({"command": command}).encode() + b"\n")
             line = connection.makefile("rb").readline()
     except OSError as error:

@@ -244,6 +244,7 @@ def open_guest(
     for path in (folder, *folder.iterdir()):
         shutil.chown(path, "nobody", "nogroup")
     connection = lab.connect()
+    guest = None
     try:
         xml = domain_xml(name, identity, folder, paths, agent=agent, extra=extra.replace("{folder}", str(folder)))
         domain = connection.defineXML(xml)
@@ -259,6 +260,8 @@ def open_guest(
             guest.start()
         yield guest
     finally:
+        if guest is not None and guest._socket is not None:
+            guest._socket.close()
         # By virsh, for a test may have restarted the daemon under this connection.
         for words in (("destroy", name), ("undefine", name, "--checkpoints-metadata", "--nvram")):
             with contextlib.suppress(RuntimeError):

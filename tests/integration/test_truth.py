@@ -146,7 +146,7 @@ def test_all_kinds_of_disks_are_served_and_cdroms_are_told_of(lab: Libvirt, moun
         Disk("sdc", bus="sata", device="cdrom", format="raw", path=medium, read_only=True),
         Disk("sdd", bus="sata", device="cdrom", format="raw", read_only=True),
     ]
-    with open_guest(lab, disks, extra="<nvram>{folder}/nvram.fd</nvram>") as guest:
+    with open_guest(lab, disks) as guest:
         guest.run("for d in vdb vdc sda sdb; do dd if=/dev/urandom of=/dev/$d bs=1M count=3 2>/dev/null; done; sync")
         mounted = mount(guest)
         guest.pause()
@@ -168,3 +168,16 @@ def test_all_kinds_of_disks_are_served_and_cdroms_are_told_of(lab: Libvirt, moun
         mounted.unmount()
         guest.libvirt.virsh("define", "--validate", str(tmp_path / "domain.xml"))
         assert_nothing_left(guest)
+
+
+def test_nvram_is_in_the_point(lab: Libvirt, mount: Mounter) -> None:
+    firmware = (
+        "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE.fd</loader>"
+        "<nvram template='/usr/share/OVMF/OVMF_VARS.fd'>{folder}/nvram.fd</nvram>"
+    )
+    with open_guest(lab, [Disk("vda", size=MIB)], extra=firmware, start=False) as guest:
+        # The firmware needs no guest behind it, and booting one under TCG takes long.
+        guest.libvirt.virsh("start", "--paused", guest.name)
+        mounted = mount(guest)
+        assert (mounted.raw / "nvram.fd").read_bytes() == (guest.folder / "nvram.fd").read_bytes()
+        mounted.unmount()
