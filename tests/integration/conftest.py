@@ -149,6 +149,7 @@ class Mounter:
 
     def clean(self) -> None:
         for mounted in self.made:
+            print(mounted.log)  # shown where the test fails
             if mounted.process.poll() is None:
                 mounted.process.send_signal(signal.SIGCONT)
                 mounted.process.terminate()
@@ -166,6 +167,7 @@ class Mounter:
 def mount() -> Iterator[Mounter]:
     """Mount a guest: `mount(guest, "idle=2")`."""
     folder = Path(tempfile.mkdtemp(prefix="backupfs-test-", dir="/tmp"))
+    folder.chmod(0o755)  # some tests look in as another user
     mounter = Mounter(folder)
     try:
         yield mounter

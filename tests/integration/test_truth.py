@@ -116,9 +116,7 @@ def test_four_readers_at_once_each_get_the_instant(frozen: tuple[Mounted, Path])
     assert disk["connections"] == 2
 
 
-def test_a_loop_device_on_the_image_is_the_guests_file_system(
-    lab: Libvirt, mount: Mounter, tmp_path: Path
-) -> None:
+def test_a_loop_device_on_the_image_is_the_guests_file_system(lab: Libvirt, mount: Mounter, tmp_path: Path) -> None:
     with open_guest(lab, [Disk("vda", ext4=True)]) as guest:
         guest.run("mount -t ext4 /dev/vda /mnt; echo before > /mnt/file; sync; umount /mnt")
         mounted = mount(guest)
