@@ -150,6 +150,8 @@ class Export:
         """
         if length <= 0 or offset < 0 or offset + length > self.size:
             raise ValueError(f"[{offset}, {offset + length}) is not in [0, {self.size})")
+        if self._is_broken:
+            await self._heal()
         stream = self._stream(offset, length)
         if not stream.ahead:
             data = bytearray(length)
@@ -309,16 +311,25 @@ class Export:
 
     async def _retry(self, request: Request, error: NbdUnavailable) -> None:
         """Read once more over new connections, if the job that they led to is still the same."""
-        async with self._reconnecting:
-            if self._closed:
-                raise error
-            broken = [c for c in self._connections if c is not None and c.error is not None]
-            if broken:
-                if not await self._allow_reconnect():
-                    raise error
-                await self._replace(broken)
+        if self._closed:
+            raise error
+        await self._heal()
         self._submit(request)
         await request.wait()
+
+    @property
+    def _is_broken(self) -> bool:
+        return any(connection is not None and connection.error is not None for connection in self._connections)
+
+    async def _heal(self) -> None:
+        """Replace the connections that broke; raise what broke them if that may not be."""
+        async with self._reconnecting:
+            broken = [c for c in self._connections if c is not None and c.error is not None]
+            if broken and not self._closed:
+                if not await self._allow_reconnect():
+                    assert broken[0].error is not None  # selected so
+                    raise broken[0].error
+                await self._replace(broken)
 
     async def _replace(self, broken: list[Connection]) -> None:
         log.info("%s: the NBD connection broke (%s); making it again", self.address.export, broken[0].error)

@@ -419,10 +419,9 @@ class Job:
 
     async def shut(self) -> None:
         """End the point whoever uses it, and begin no other; readers get EIO."""
-        self._closing = True
-        await self._close()
+        await self._close("the process was told to end")
 
-    async def _close(self) -> None:
+    async def _close(self, reason: str = "unmounted") -> None:
         """End what runs, before the file system goes."""
         self._closing = True
         with trio.move_on_after(self.options.timeout) as scope:
@@ -431,7 +430,7 @@ class Job:
                 with contextlib.suppress(BackupfsError):
                     await self._wait_settled()
             if self.state is JobState.RUNNING:
-                self._end("unmounted")
+                self._end(reason)
             await self._settled.wait()
             return
         log.error(

@@ -56,7 +56,7 @@ async def serve(source: str, mount_point: str, options: Options, ring: RingLog, 
             await _check_domain(domain, state, options, path)
             async with open_job(domain, state, options) as job:
                 await _serve_job(job, source, path, options, ring, ready)
-        log.info("%s: unmounted; no job is left", domain.name)
+        log.info("%s: no longer served; %s", domain.name, "no job is left" if state.job is None else "a job is left")
 
 
 async def _check_domain(domain: Domain, state: State, options: Options, path: str) -> None:

@@ -111,7 +111,7 @@ def wait_until(true: Callable[[], object], timeout: float = 30.0, why: Callable[
 
 def assert_nothing_left(guest: Guest) -> None:
     """No job, no socket, no scratch file."""
-    with pytest.raises(RuntimeError, match="domain backup|no current backup"):
+    with pytest.raises(RuntimeError, match=r"domain backup|no current backup"):
         guest.libvirt.virsh("backup-dumpxml", guest.name)
     left = [str(path) for path in guest.libvirt.folder.rglob("*backupfs-*")]
     assert left == []

@@ -182,7 +182,7 @@ def test_a_copy_half_way_when_its_point_ends_fails_and_mixes_nothing(
     process = subprocess.Popen(copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     if tool == "tar":
-        pipe = open(fifo, "rb")  # noqa: SIM115  # held until the point has ended
+        pipe = open(fifo, "rb")  # held until the point has ended
         begun = pipe.read(MIB)
     else:
         wait_until(lambda: mounted.status()["disks"].get("vda", {}).get("read", 0) > 0)
