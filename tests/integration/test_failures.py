@@ -37,11 +37,6 @@ def assert_errno(number: int, action: Callable[[], object], within: float = 10.0
     assert time.monotonic() - begun < within
 
 
-def restarted(guest: Guest) -> None:
-    guest.wait_state("shut off")
-    guest.start()
-
-
 @pytest.mark.parametrize("way", ["destroy", "kill", "poweroff"])
 def test_guest_that_stops_loses_the_point_and_a_new_one_can_begin(own_guest: Guest, mount: Mounter, way: str) -> None:
     own_guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=8; sync")
@@ -59,11 +54,14 @@ def test_guest_that_stops_loses_the_point_and_a_new_one_can_begin(own_guest: Gue
     assert_errno(errno.EIO, lambda: os.pread(descriptor, MIB, 5 * MIB))
     assert_errno(errno.EIO, lambda: os.listdir(mounted.raw))
     os.close(descriptor)
+    # Libvirt 9.0 takes 30 s and more over a guest that powers off during a backup: its one thread
+    # waits for the job to handle the closing of a virtio port, with QEMU's end behind it in the queue.
+    own_guest.wait_state("shut off", 120)
     mounted.release()
     # The domain is off: that is what a look is told, in the log.
     assert_errno(errno.EIO, lambda: os.listdir(mounted.raw))
-    assert "shut off" in mounted.log
-    restarted(own_guest)
+    assert "the domain is shut off" in mounted.log
+    own_guest.start()
     assert len(read_all(mounted.image)) == 32 * MIB
     mounted.unmount()
 
