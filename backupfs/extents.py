@@ -35,6 +35,11 @@ class ExtentMap:
     size: int
     _words: array[int]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExtentMap) and self.size == other.size and self._words == other._words
+
+    __hash__ = None  # type: ignore[assignment]  # it would have to walk the whole map
+
     def __len__(self) -> int:
         return len(self._words)
 

@@ -8,7 +8,13 @@
 
 Polled inside the trio loop, NBD gave a third of the speed: each wake-up of a task costs more
 than the megabyte that it brings. So a thread fills buffers that were handed to it, and the trio
-thread, which often finds them full already, is woken only when it really waits.
+thread, which often finds them full already, is woken only when it really waits. The thread
+sleeps on the socket and an eventfd together: with libnbd's own poll a request that came while
+another was in flight would be sent only after that one's answer.
+
+Reading goes without structured replies: for those QEMU looks each read's allocation up once more
+and answers it in pieces, which costs up to a third of the speed. The map needs them, so it is
+fetched over a connection of its own, which may then break without harm.
 
 Law: a buffer belongs to its connection from `submit` until the request is done, whoever has
 stopped waiting for it; a request is done only when libnbd has let go of the buffer.
@@ -17,7 +23,9 @@ stopped waiting for it; a request is done only when libnbd has let go of the buf
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
+import logging
+import math
 import os
 import select
 import threading
@@ -25,10 +33,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
 
+from backupfs.allocation import CONTEXT, Answer, Told, Unbelievable, agree, walk
 from backupfs.errors import (
     BackupfsError,
     MissingDependency,
@@ -37,18 +46,44 @@ from backupfs.errors import (
     NbdTimeout,
     NbdUnavailable,
 )
-from backupfs.extents import ZERO, Builder, ExtentMap, combine, uniform
+from backupfs.extents import LARGEST, ExtentMap, uniform
 
 try:
     import nbd  # type: ignore[import-not-found, unused-ignore]  # the distribution's, without types
 except ImportError as error:  # pragma: no cover - proven in a bare tree, not here
     raise MissingDependency("libnbd's Python module", "python3-libnbd") from error
 
+log = logging.getLogger("backupfs.nbdclient")
+
+LONGEST: Final = 2**20  # bytes of one request
 IN_FLIGHT: Final = 16  # requests on one connection; more only wait on the server's side
-STATUS_LENGTH: Final = 2**32 - 2**16  # NBD's lengths have 32 bits; aligned for bitmaps
-MOST_EXTENTS: Final = 2**21  # of one map: 16 MiB of memory
-CONTEXT: Final = "base:allocation"
-_STATE_ZERO: Final = 2  # NBD_STATE_ZERO; bit 0, hole, promises nothing about the contents
+MAP_SECONDS: Final = 10.0  # a walk that takes longer keeps the first reader waiting
+
+
+class Handle(Protocol):
+    """What is used of `nbd.NBD`, which has no types. All raise nbd.Error; see libnbd(3)."""
+
+    def set_export_name(self, name: str, /) -> None: ...
+    def set_pread_initialize(self, request: bool, /) -> None: ...
+    def set_request_block_size(self, request: bool, /) -> None: ...
+    def set_request_structured_replies(self, request: bool, /) -> None: ...
+    def add_meta_context(self, name: str, /) -> None: ...
+    def can_meta_context(self, name: str, /) -> bool: ...
+    def get_size(self) -> int: ...
+    def get_block_size(self, which: int, /) -> int: ...
+    def aio_connect_unix(self, path: str, /) -> None: ...
+    def aio_disconnect(self, flags: int, /) -> None: ...
+    def aio_pread(self, buffer: Any, offset: int, /) -> int: ...
+    def aio_block_status(self, count: int, offset: int, extent: Callable[..., int], /) -> int: ...
+    def aio_get_fd(self) -> int: ...
+    def aio_get_direction(self) -> int: ...
+    def aio_notify_read(self) -> None: ...
+    def aio_notify_write(self) -> None: ...
+    def aio_is_ready(self) -> bool: ...
+    def aio_is_dead(self) -> bool: ...
+    def aio_is_closed(self) -> bool: ...
+    def aio_peek_command_completed(self) -> int: ...
+    def aio_command_completed(self, cookie: int, /) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +92,10 @@ class Address:
 
     socket: str
     export: str
+
+    def connect(self, handle: Handle) -> None:
+        """Begin to connect."""
+        handle.aio_connect_unix(self.socket)
 
 
 class Request:
@@ -83,7 +122,12 @@ class Request:
             if not self.done:
                 await self._event.wait()
         if self.error is not None:
-            raise self.error
+            raise dataclasses.replace(self.error)  # one that is raised twice would keep all frames
+
+    def fail(self, error: BackupfsError) -> None:
+        """Mark it done without a connection; called in the trio thread, before anybody waits."""
+        self.error = error
+        self.done = True
 
     def finish(self, token: trio.lowlevel.TrioToken, error: BackupfsError | None) -> None:
         """Mark it done; called by the connection's thread."""
@@ -94,16 +138,49 @@ class Request:
                 token.run_sync_soon(self._event.set)
 
 
+class _Patience:
+    """How long the server may leave us without an answer.
+
+    Only time that was spent in waiting counts, and no more of it than was asked for: a process
+    that was stopped for an hour itself finds the answer in its socket.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._spent = 0.0
+        self._heard = True
+
+    def renew(self) -> None:
+        self._spent = 0.0
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.seconds - self._spent)
+
+    def spend(self, seconds: float, heard: bool) -> None:
+        self._spent += min(seconds, self.seconds)
+        self._heard = heard
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was silent for too long, or went on for twice as long without coming to an end."""
+        return self._spent >= self.seconds and (not self._heard or self._spent >= 2 * self.seconds)
+
+
 class Connection:
     """One connection and its thread. `opened` tells when it is up, or why it is not.
 
-    With *want_extents* the disk's map is fetched before the first read.
+    With *want_extents* the disk's map is fetched before; *size* is what the disk must have if
+    it was seen before. A connection that broke keeps the reason in `error`, and stays broken.
     """
 
-    def __init__(self, address: Address, *, timeout: float, want_extents: bool = False) -> None:
+    def __init__(
+        self, address: Address, *, timeout: float, want_extents: bool = False, size: int | None = None
+    ) -> None:
         self.address = address
         self.timeout = timeout
-        self.size = 0
+        self.size = size
+        self.alignment = 1  # of what may be asked for
         self.extents: ExtentMap | None = None
         self.why_no_extents: str | None = None
         self.error: BackupfsError | None = None
@@ -115,34 +192,35 @@ class Connection:
         self._sleeping = False
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = select.poll()
+        self._poller.register(self._wake, select.POLLIN)
+        self._polled: tuple[int, int] | None = None  # the NBD socket and its events, as registered
         self._opening = Request(0, 0, bytearray())
         self._thread = threading.Thread(target=self._run, name=f"nbd-{address.export}", daemon=True)
         self._thread.start()
 
     async def opened(self) -> None:
-        """Wait until the connection is up; raise NbdUnavailable, NbdTimeout."""
+        """Wait until the connection is up; raise NbdUnavailable, NbdTimeout, NbdProtocolError."""
         await self._opening.wait()
 
     def submit(self, request: Request) -> None:
-        """Queue a read; its buffer belongs to the connection until it is done."""
+        """Queue a read of LONGEST at most; its buffer belongs to the connection until it is done."""
         self._queue.append(request)
         if self._sleeping:
             self._ring()
         if self.error is not None:
             self._fail_queued(self.error)  # the thread has ended and looks no more
 
-    @property
-    def pending(self) -> int:
-        """How many requests wait to be sent."""
-        return len(self._queue)
-
     async def close(self) -> None:
         """Disconnect and end the thread; what is unanswered fails."""
         self._closing = True
-        self._ring()
+        if self._wake >= 0:
+            self._ring()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._thread.join)
-        os.close(self._wake)
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
 
     def _ring(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -151,184 +229,212 @@ class Connection:
 
     def _run(self) -> None:
         in_flight: dict[int, Request] = {}
-        handle = nbd.NBD()
-        try:
-            self._connect(handle)
-            self.size = handle.get_size()
-            if self._want_extents:
-                self._map(handle)
-            self._opening.finish(self._token, None)
-            self._serve(handle, in_flight)
-            error: BackupfsError = NbdUnavailable(self.address.export, "closed")
-        except BackupfsError as caught:
-            error = caught
-        except nbd.Error as caught:
-            error = NbdUnavailable(self.address.export, str(caught))
-        except Exception as caught:  # not to be lost in a thread: everybody who waits is told
-            error = NbdUnavailable(self.address.export, f"unexpected: {caught!r}")
-        # Destroying the handle is what takes the buffers back from libnbd; only then may the
-        # requests be called done. The error's frames would keep it alive.
-        error.__traceback__ = error.__context__ = error.__cause__ = None
-        del handle
+        error = self._live(in_flight)
+        # The handle is gone, and with it libnbd's hold on the buffers: only now are the requests
+        # done. The error stands before anybody wakes up and looks for the broken connection.
         self.error = error
         self._opening.finish(self._token, error)
         for request in in_flight.values():
             request.finish(self._token, error)
         self._fail_queued(error)
 
+    def _live(self, in_flight: dict[int, Request]) -> BackupfsError:
+        """Connect and serve until closed or broken; return why it ended, with no handle left."""
+        error: BackupfsError
+        try:
+            if self._want_extents:
+                self._fetch_map()
+            handle = self._connect(structured=False)
+            self._check(handle)
+            if self.extents is None:
+                self.extents = uniform(handle.get_size())
+            self._opening.finish(self._token, None)
+            self._serve(handle, in_flight)
+            error = self._unavailable("closed")
+        except BackupfsError as caught:
+            error = caught
+        except nbd.Error as caught:
+            error = self._unavailable(str(caught))
+        except Exception as caught:
+            log.exception("%s: unexpected, in the connection's thread", self.address.export)
+            error = self._unavailable(f"unexpected: {caught!r}")
+        # Its frames hold the handle.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        return error
+
     def _fail_queued(self, error: BackupfsError) -> None:
         while self._queue:
             with contextlib.suppress(IndexError):  # the other thread was quicker
                 self._queue.popleft().finish(self._token, error)
 
-    def _connect(self, handle: Any) -> None:
+    def _unavailable(self, reason: str) -> NbdUnavailable:
+        return NbdUnavailable(self.address.export, reason)
+
+    def _connect(self, *, structured: bool) -> Handle:
+        handle: Handle = nbd.NBD()
         handle.set_export_name(self.address.export)
-        handle.set_pread_initialize(False)  # each answer overwrites its whole buffer
-        # Not asked for, the server must take requests of any alignment, as readers make them.
+        handle.set_pread_initialize(False)  # an answer overwrites all of its buffer, or is an error
+        # Not asked for its block size, QEMU takes requests of any alignment, as readers make them.
         handle.set_request_block_size(False)
-        if self._want_extents:
+        handle.set_request_structured_replies(structured)
+        if structured:
             handle.add_meta_context(CONTEXT)
-        handle.aio_connect_unix(self.address.socket)
-        self._drive(handle, lambda: bool(handle.aio_is_ready()), "connecting")
+        self._unwatch()  # the one before is gone
+        self.address.connect(handle)
+        self._drive(handle, handle.aio_is_ready, "connecting")
+        return handle
 
-    def _drive(self, handle: Any, done: Callable[[], bool], what: str) -> None:
-        """Let libnbd work until *done*; raise NbdTimeout if that takes longer than the time-out."""
-        deadline = time.monotonic() + self.timeout
-        while not done():
-            if handle.aio_is_dead() or handle.aio_is_closed():
-                raise NbdUnavailable(self.address.export, f"the server closed the connection while {what}")
+    def _check(self, handle: Handle) -> None:
+        """See that the server's disk is one that we can read, and still the same."""
+        size = handle.get_size()
+        if size > LARGEST:
+            raise NbdProtocolError(self.address.export, f"it tells a size of {size} bytes")
+        if self.size not in (None, size):
+            raise self._unavailable(f"the disk has {size} bytes now, it had {self.size}")
+        self.size = size
+        self.alignment = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
+        longest = handle.get_block_size(nbd.SIZE_MAXIMUM)
+        if 0 < longest < LONGEST:
+            raise self._unavailable(f"the server takes requests of at most {longest} bytes; {LONGEST} are needed")
+
+    def _drive(self, handle: Handle, is_done: Callable[[], bool], what: str) -> None:
+        """Let libnbd work until *is_done*; raise NbdTimeout if that takes longer than the time-out."""
+        patience = _Patience(self.timeout)
+        while not is_done():
+            self._raise_if_over(handle)
             if self._closing:
-                raise NbdUnavailable(self.address.export, "closed")
-            left = deadline - time.monotonic()
-            if left <= 0:
+                raise self._unavailable("closed")
+            if patience.is_over:
                 raise NbdTimeout(self.address.export, what, self.timeout)
-            self._poll(handle, left)
+            self._poll(handle, patience)
 
-    def _poll(self, handle: Any, seconds: float) -> None:
-        """Wait for the server or for a new request, and let libnbd do what it can."""
+    def _raise_if_over(self, handle: Handle) -> None:
+        if handle.aio_is_dead() or handle.aio_is_closed():
+            raise self._unavailable("the server closed the connection")
+
+    def _poll(self, handle: Handle, patience: _Patience | None, *, has_room: bool = False) -> None:
+        """Wait for the server, or for a ring if there *has_room* for a request; let libnbd do what it can."""
         direction = handle.aio_get_direction()
-        events = (select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0) | (
-            select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0
+        self._watch(
+            handle.aio_get_fd(),
+            (select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0)
+            | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0),
         )
-        poller = select.poll()
-        poller.register(handle.aio_get_fd(), events)
-        poller.register(self._wake, select.POLLIN)
-        self._sleeping = True
+        milliseconds = -1 if patience is None else math.ceil(patience.left * 1000)
+        begun = time.monotonic()
+        self._sleeping = has_room
         # A request that came before the flag was seen has rung nobody.
-        ready = dict(poller.poll(0 if self._queue_waits(handle) else max(1, int(seconds * 1000))))
+        ready = dict(self._poller.poll(0 if has_room and self._queue else milliseconds))
         self._sleeping = False
         if ready.pop(self._wake, 0):
             os.eventfd_read(self._wake)
+        if patience is not None:
+            patience.spend(time.monotonic() - begun, bool(ready))
         for event in ready.values():
-            if event & (select.POLLIN | select.POLLHUP | select.POLLERR) and direction & nbd.AIO_DIRECTION_READ:
+            if direction & nbd.AIO_DIRECTION_READ and event & ~select.POLLOUT:
                 handle.aio_notify_read()
-            elif event & (select.POLLOUT | select.POLLHUP | select.POLLERR):
+            else:
                 handle.aio_notify_write()
 
-    def _queue_waits(self, handle: Any) -> bool:
-        return (
-            bool(self._queue)
-            and bool(handle.aio_is_ready() or handle.aio_is_processing())
-            and (handle.aio_in_flight() < IN_FLIGHT)
-        )
+    def _watch(self, fd: int, events: int) -> None:
+        if self._polled != (fd, events):
+            self._unwatch()
+            self._poller.register(fd, events)
+            self._polled = fd, events
 
-    def _serve(self, handle: Any, in_flight: dict[int, Request]) -> None:
+    def _unwatch(self) -> None:
+        if self._polled is not None:
+            self._poller.unregister(self._polled[0])
+            self._polled = None
+
+    # --- reads -------------------------------------------------------------------------------
+
+    def _serve(self, handle: Handle, in_flight: dict[int, Request]) -> None:
         """Send what is queued and hand out what is answered, until closed."""
-        last_progress = time.monotonic()
+        patience = _Patience(self.timeout)
         while not self._closing:
+            if not in_flight:
+                patience.renew()
             while self._queue and len(in_flight) < IN_FLIGHT:
-                if not in_flight:
-                    last_progress = time.monotonic()
-                request = self._queue.popleft()
-                buffer = nbd.Buffer.from_buffer(request.buffer)
-                try:
-                    cookie = handle.aio_pread(buffer, request.offset)
-                except nbd.Error as error:
-                    request.finish(self._token, self._read_failed(request, error))
-                    raise
-                in_flight[cookie] = request
-            left = self.timeout
-            if in_flight:
-                left -= time.monotonic() - last_progress
-                if left <= 0:
-                    raise NbdTimeout(self.address.export, f"{len(in_flight)} reads unanswered", self.timeout)
-            self._poll(handle, left)
-            while in_flight and (cookie := handle.aio_peek_command_completed()) > 0:
-                request = in_flight.pop(cookie)
-                last_progress = time.monotonic()
-                try:
-                    handle.aio_command_completed(cookie)
-                except nbd.Error as error:
-                    if handle.aio_is_dead() or handle.aio_is_closed():
-                        request.finish(self._token, NbdUnavailable(self.address.export, str(error)))
-                    else:
-                        request.finish(self._token, self._read_failed(request, error))
-                else:
-                    self.requests += 1
-                    self.bytes += request.length
-                    request.finish(self._token, None)
-            if handle.aio_is_dead() or handle.aio_is_closed():
-                raise NbdUnavailable(self.address.export, "the server closed the connection")
+                self._send(handle, self._queue.popleft(), in_flight)
+            self._poll(handle, patience if in_flight else None, has_room=len(in_flight) < IN_FLIGHT)
+            if self._hand_out(handle, in_flight):
+                patience.renew()
+            self._raise_if_over(handle)
+            if in_flight and patience.is_over:
+                raise NbdTimeout(self.address.export, f"{len(in_flight)} reads are waiting", self.timeout)
         if not in_flight:
             with contextlib.suppress(nbd.Error):
                 handle.aio_disconnect(0)
 
+    def _send(self, handle: Handle, request: Request, in_flight: dict[int, Request]) -> None:
+        try:
+            cookie = handle.aio_pread(nbd.Buffer.from_buffer(request.buffer), request.offset)
+        except nbd.Error as error:
+            if handle.aio_is_dead() or handle.aio_is_closed():
+                self._queue.appendleft(request)  # fails with the connection, not for itself
+                raise
+            request.finish(self._token, self._read_failed(request, error))
+        else:
+            in_flight[cookie] = request
+
+    def _hand_out(self, handle: Handle, in_flight: dict[int, Request]) -> bool:
+        """Finish the requests that were answered; return whether there was any."""
+        answered = False
+        while in_flight and (cookie := handle.aio_peek_command_completed()) > 0:
+            try:
+                handle.aio_command_completed(cookie)
+            except nbd.Error as error:
+                # ESHUTDOWN: the export is being taken away, which is no word about these bytes.
+                if handle.aio_is_dead() or handle.aio_is_closed() or error.errno == "ESHUTDOWN":
+                    raise self._unavailable(str(error)) from error
+                request = in_flight.pop(cookie)
+                request.finish(self._token, self._read_failed(request, error))
+            else:
+                request = in_flight.pop(cookie)
+                self.requests += 1
+                self.bytes += request.length
+                request.finish(self._token, None)
+            answered = True
+        return answered
+
     def _read_failed(self, request: Request, error: Any) -> NbdReadFailed:
-        return NbdReadFailed(self.address.export, request.offset, request.length, error.string or str(error))
+        return NbdReadFailed(self.address.export, request.offset, request.length, str(error))
 
     # --- the map -----------------------------------------------------------------------------
 
-    def _map(self, handle: Any) -> None:
+    def _fetch_map(self) -> None:
         """Fetch the disk's map; it only saves work, so where it can't be had all is data."""
+        handle = self._connect(structured=True)
+        self._check(handle)
+        size = handle.get_size()
         try:
             if not handle.can_meta_context(CONTEXT):
                 self.why_no_extents = "the NBD server does not tell allocation"
-            else:
-                # The guest may discard while the server walks down from the scratch to the
-                # disk: it looks into the scratch, the old block is saved there and discarded
-                # below, and it finds a zero below. A block that this has happened to is in the
-                # scratch ever after, so a second walk sees it: zero is only what both call so.
-                first, second = self._walk(handle), self._walk(handle)
-                self.extents = combine(first, second, lambda one, other: one & other)
-        except (NbdProtocolError, nbd.Error) as error:
+                return
+            first = self._walk(handle, size, size)
+            second = self._walk(handle, size, first.stop)
+            self.extents, self.why_no_extents = agree(first.extents, second.extents), first.why or second.why
+            with contextlib.suppress(nbd.Error):
+                handle.aio_disconnect(0)
+        except Unbelievable as error:
+            self.why_no_extents = str(NbdProtocolError(self.address.export, str(error)))
+        except (BackupfsError, nbd.Error) as error:
             self.why_no_extents = str(error)
-        if self.extents is None:
-            self.extents = uniform(self.size)
 
-    def _walk(self, handle: Any) -> ExtentMap:
-        builder = Builder(self.size)
-        while builder.position < self.size and len(builder) < MOST_EXTENTS:
-            position = builder.position
-            length = min(STATUS_LENGTH, self.size - position)
-            answers: list[tuple[str, int, list[int]]] = []
+    def _walk(self, handle: Handle, size: int, stop: int) -> Told:
+        deadline = time.monotonic() + MAP_SECONDS
 
-            def collect(context: str, offset: int, entries: list[int], _error: Any, into: Any = answers) -> int:
-                into.append((context, offset, list(entries)))
+        def ask(offset: int, length: int) -> list[Answer]:
+            answers: list[Answer] = []
+
+            def collect(context: str, start: int, entries: list[int], _error: Any) -> int:
+                if len(answers) < 2:  # one is right, two are a lie; no more are kept
+                    answers.append(Answer(context, start, entries))
                 return 0
 
-            cookie = handle.aio_block_status(length, position, collect)
-            self._drive(handle, functools.partial(_is_completed, handle, cookie), "mapping")
-            self._add(builder, answers, position)
-        if builder.position < self.size:
-            self.why_no_extents = f"more than {MOST_EXTENTS} extents; beyond {builder.position} all is read"
-        return builder.finish()
+            cookie = handle.aio_block_status(length, offset, collect)
+            self._drive(handle, lambda: len(answers) > 1 or handle.aio_command_completed(cookie), "mapping")
+            return answers
 
-    def _add(self, builder: Builder, answers: list[tuple[str, int, list[int]]], position: int) -> None:
-        """Add one reply to the map; the server is believed only where it can be right."""
-        export = self.address.export
-        if len(answers) != 1 or answers[0][0] != CONTEXT or answers[0][1] != position:
-            raise NbdProtocolError(export, f"it answered something else than {CONTEXT} from {position} on")
-        entries = answers[0][2]
-        if not entries or len(entries) % 2:
-            raise NbdProtocolError(export, f"its map has no extents from {position} on")
-        for length, flags in zip(entries[::2], entries[1::2], strict=True):
-            if builder.position == self.size:
-                raise NbdProtocolError(export, f"its map goes on beyond {self.size}")
-            if length <= 0:
-                raise NbdProtocolError(export, f"its map has an empty extent at {builder.position}")
-            # The last extent of a reply may reach beyond what was asked for, says the protocol.
-            builder.append(min(length, self.size - builder.position), ZERO if flags & _STATE_ZERO else 0)
-
-
-def _is_completed(handle: Any, cookie: int) -> bool:
-    return bool(handle.aio_command_completed(cookie))
+        return walk(size, ask, stop=stop, may_go_on=lambda: time.monotonic() < deadline)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The words of `-o`: one table, from which they are parsed, documented and completed.
 
-mount(8) hands a helper whatever stands in fstab, its own words too. Those that mean something
-to the kernel are passed on to it, those that only mount(8) or systemd reads are taken and have
-no effect here (`IGNORED`), and any other is an error that names it: a misspelt option would be a
-backup that is not what was asked for.
+mount(8) hands a helper whatever stands in fstab, its own words too. Each falls into one of four:
+
+    OPTIONS   ours                                    idle=15m
+    KERNEL    for the kernel; libfuse takes them      nosuid
+    IGNORED   for somebody else, or always so here    nofail, relatime
+    the rest  an error that names it: a misspelt option would be a backup that is not what was
+              asked for
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ import grp
 import os
 import pwd
 import re
-from collections.abc import Callable, Iterable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from backupfs.errors import UsageError
 
 MOST_CONNECTIONS: Final = 16
+LONGEST_SECONDS: Final = 10 * 365 * 86400.0
+HELP_WIDTH: Final = 100
+NO_ID: Final = 2**32 - 1  # as a user or a group it means "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +70,31 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One option: its name, what its value looks like (None: it has none), and its help."""
+    """One option: its name, what its value looks like (None: it has none), and its help.
+
+    *default* is the value as one would write it, or, where there is none to write, in words.
+    """
 
     name: str
     metavar: str | None
     help: str
+    default: str | None = None
     parse: Callable[[str], Any] | None = None
+
+    @property
+    def described(self) -> str:
+        """The help with the default."""
+        return self.help if self.default is None else f"{self.help} (default: {self.default})"
 
 
 def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|d)?", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d)?", text)
     if match is None:
         raise ValueError("is not a time; write 90, 90s, 15m, 12h or 1d")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2] or "s"]
+    value = float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2] or "s"]
+    if value > LONGEST_SECONDS:
+        raise ValueError("is longer than ten years; write 0 where never is meant")
+    return value
 
 
 def _positive_seconds(text: str) -> float:
@@ -87,7 +106,10 @@ def _positive_seconds(text: str) -> float:
 def _folder(text: str) -> str:
     if not text.startswith("/"):
         raise ValueError("is not an absolute path; QEMU has another working directory")
-    return os.path.normpath(text)
+    # XML cannot carry control characters, nor what is not UTF-8, and the path goes into it.
+    if not text.isprintable():
+        raise ValueError("has characters that libvirt's XML cannot hold")
+    return "/" + os.path.normpath(text).lstrip("/")
 
 
 def _connections(text: str) -> int:
@@ -115,18 +137,22 @@ def _umask(text: str) -> int:
     return int(text, 8)
 
 
-def _uid(text: str) -> int:
+def _number(text: str, known: Callable[[str], int], what: str) -> int:
     try:
-        return int(text) if text.isascii() and text.isdigit() else pwd.getpwnam(text).pw_uid
+        number = int(text) if text.isascii() and text.isdigit() else known(text)
     except (KeyError, ValueError):
-        raise ValueError("is no user of this host") from None
+        number = -1
+    if not 0 <= number < NO_ID:
+        raise ValueError(f"is no {what} of this host")
+    return number
+
+
+def _uid(text: str) -> int:
+    return _number(text, lambda name: pwd.getpwnam(name).pw_uid, "user")
 
 
 def _gid(text: str) -> int:
-    try:
-        return int(text) if text.isascii() and text.isdigit() else grp.getgrnam(text).gr_gid
-    except (KeyError, ValueError):
-        raise ValueError("is no group of this host") from None
+    return _number(text, lambda name: grp.getgrnam(name).gr_gid, "group")
 
 
 def _text(text: str) -> str:
@@ -136,81 +162,77 @@ def _text(text: str) -> str:
 
 
 OPTIONS: Final = (
-    Word("uri", "URI", "libvirt's connection (default: libvirt's own)", _text),
-    Word("disks", "NAME[:NAME...]", "only these disks, by target name (default: all)", _names),
-    Word("exclude", "NAME[:NAME...]", "all disks but these", _names),
+    Word("uri", "URI", "libvirt's connection", "libvirt's own", _text),
+    Word("disks", "NAME[:NAME...]", "only these disks, by target name; a comma may part them too", "all", _names),
+    Word("exclude", "NAME[:NAME...]", "all disks but these", "none", _names),
     Word(
         "begin",
         "look|command",
-        "what begins a point in time: the first look inside raw/ (default), or only `backupfs begin`",
+        "what begins a point in time: the first look inside raw/, or only `backupfs begin`",
+        "look",
         _begin,
     ),
-    Word(
-        "idle",
-        "TIME",
-        "end a point in time that nobody has used for so long (default 15m; 0: never)",
-        _seconds,
-    ),
+    Word("idle", "TIME", "end a point in time that nobody has used for so long; 0: never", "15m", _seconds),
     Word(
         "idle-max",
         "TIME",
-        "give a point in time up after so long without any request, even if a file is open (default 12h; 0: never)",
+        "give a point in time up after so long without any request, even if a file is open; 0: never",
+        "12h",
         _seconds,
     ),
-    Word("scratch", "DIR", "where QEMU saves old blocks (default: beside each disk)", _folder),
-    Word("connections", "N", "NBD connections for each disk, 1 to 16 (default 2)", _connections),
+    Word("scratch", "DIR", "where QEMU saves old blocks", "beside each disk", _folder),
+    Word("connections", "N", f"NBD connections for each disk, 1 to {MOST_CONNECTIONS}", "2", _connections),
     Word(
         "timeout",
         "TIME",
-        "answer EIO when libvirt or QEMU has not answered for so long (default 30s)",
+        "answer EIO when libvirt or QEMU has not answered for so long",
+        "30s",
         _positive_seconds,
     ),
     Word("allow_other", None, "let other users in; see also umask="),
     Word("allow_root", None, "let root in, where an ordinary user mounts"),
-    Word("uid", "USER", "who owns the files (default: who mounts)", _uid),
-    Word("gid", "GROUP", "their group", _gid),
-    Word(
-        "umask",
-        "OCTAL",
-        "take these permissions from 555 and 444 (default: 500 for folders, 400 for files)",
-        _umask,
-    ),
+    Word("uid", "USER", "who owns the files", "who mounts", _uid),
+    Word("gid", "GROUP", "their group", "that of who mounts", _gid),
+    Word("umask", "OCTAL", "take these permissions from 555 and 444", "500 for folders, 400 for files", _umask),
     Word("debug", None, "log more"),
 )
 
-# Words of mount(8)'s that the kernel knows.
+# Words for the kernel: those that libfuse 3 takes from its caller, in all its versions. It refuses
+# the whole mount over any other, relatime and atime among them.
 KERNEL: Final = frozenset({
-    "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "nodiratime",
-    "relatime", "norelatime", "strictatime", "sync", "async", "dirsync",
+    "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "sync", "async", "dirsync",
 })  # fmt: skip
-_OPPOSITES: Final = tuple(
-    frozenset(pair.split())
-    for pair in (
-        "ro rw",
-        "nosuid suid",
-        "nodev dev",
-        "noexec exec",
-        "noatime atime",
-        "relatime norelatime",
-        "sync async",
-    )
-)
 
-# Words that are for mount(8), systemd or an automounter, which all leave (some of) them in.
-IGNORED: Final = frozenset({
-    "defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "nousers", "owner", "noowner",
-    "group", "nogroup", "lazytime", "nolazytime", "silent", "loud", "mand", "nomand",
-})  # fmt: skip
-_IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "helper=", "uhelper=")
+# Words that are taken and have no effect, by the reason. One that ends with = or - begins others.
+_NO_EFFECT: Final = {
+    "mount(8), systemd and automounters act on it before we are run": (
+        "defaults auto noauto nofail _netdev user= user nouser users nousers owner noowner group nogroup "
+        "x- X- comment= helper= uhelper="
+    ),
+    "reading never changes a time here": (
+        "atime diratime nodiratime relatime norelatime strictatime nostrictatime lazytime nolazytime"
+    ),
+    "nothing is ever written here": "mand nomand iversion noiversion",
+    "there are no symbolic links here": "symfollow nosymfollow",
+    "it is so anyway": "default_permissions silent loud",
+}
+IGNORED: Final[Mapping[str, str]] = {word: why for why, words in _NO_EFFECT.items() for word in words.split()}
+_IGNORED_PREFIXES: Final = tuple(word for word in IGNORED if word.endswith(("=", "-")))
+
+# Which words a later one takes back.
+_TAKES_BACK: Final = {
+    "ro": "rw", "rw": "ro", "nosuid": "suid", "suid": "nosuid", "nodev": "dev", "dev": "nodev",
+    "noexec": "exec", "exec": "noexec", "sync": "async", "async": "sync",
+    "atime": "noatime", "relatime": "noatime", "strictatime": "noatime",
+}  # fmt: skip
 
 _BY_NAME: Final = {word.name: word for word in OPTIONS}
 
 
 def _split(text: str) -> Iterator[str]:
-    r"""Split at commas; `\,` is a comma of the value's own."""
-    for part in re.split(r"(?<!\\),", text):
-        if part:
-            yield part.replace("\\,", ",")
+    r"""Split at commas. `\,` is a comma of the value's own and `\\` a backslash, as libfuse has it."""
+    for part in re.findall(r"(?:\\.|[^,])+", text, re.DOTALL):
+        yield re.sub(r"\\([\\,])", r"\1", part)
 
 
 def _is_known(word: str) -> bool:
@@ -218,8 +240,8 @@ def _is_known(word: str) -> bool:
     return name in _BY_NAME or word in KERNEL or word in IGNORED or word.startswith(_IGNORED_PREFIXES)
 
 
-def parse_options(texts: Iterable[str]) -> Options:
-    """Parse the values of all `-o`; the last of two that contradict wins, as with mount(8).
+def parse_options(texts: str | Iterable[str]) -> Options:
+    """Parse the value of one `-o`, or of several; the last of two that contradict wins, as with mount(8).
 
     A list of disks may go on after a comma (`disks=vda,vdb`): what follows it and is no option
     belongs to it. Raises UsageError, which names the word.
@@ -227,14 +249,14 @@ def parse_options(texts: Iterable[str]) -> Options:
     values: dict[str, Any] = {}
     kernel: set[str] = set()
     listing: str | None = None
-    for word in (part for text in texts for part in _split(text)):
+    for word in (part for text in ([texts] if isinstance(texts, str) else texts) for part in _split(text)):
         name, equals, value = word.partition("=")
         if listing is not None and not equals and not _is_known(word):
             values[listing] = tuple(dict.fromkeys((*values[listing], *_value(listing, word))))
             continue
         listing = None
+        kernel.discard(_TAKES_BACK.get(word, ""))
         if word in KERNEL:
-            kernel -= {other for pair in _OPPOSITES if word in pair for other in pair}
             kernel.add(word)
         elif name in _BY_NAME:
             values[name.replace("-", "_")] = _value(name, value if equals else None)
@@ -244,7 +266,11 @@ def parse_options(texts: Iterable[str]) -> Options:
             raise UsageError(_unknown(name))
     if values.get("allow_other") and values.get("allow_root"):
         raise UsageError("allow_other and allow_root exclude each other")
-    return replace(Options(), kernel=frozenset(kernel), **values)
+    found = replace(Options(), kernel=frozenset(kernel), **values)
+    if "idle" in values and 0 < found.idle_max < found.idle:
+        # It would be lost, with EIO for all, before it could end in peace.
+        raise UsageError(f"option idle-max={found.idle_max:g} is less than idle={found.idle:g}; raise it too")
+    return found
 
 
 def _value(name: str, value: str | None) -> Any:
@@ -262,7 +288,8 @@ def _value(name: str, value: str | None) -> Any:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, [*_BY_NAME, *KERNEL, *IGNORED], n=1)
+    words = [*_BY_NAME, *sorted(KERNEL), *(word for word in IGNORED if word not in _IGNORED_PREFIXES)]
+    near = difflib.get_close_matches(name, words, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; `backupfs --help` lists them"
     return f"unknown option {ascii(name)[1:-1]}{hint}"
 
@@ -272,6 +299,6 @@ def render_option_help() -> str:
     lines = []
     for word in OPTIONS:
         name = f"{word.name}={word.metavar}" if word.metavar else word.name
-        lines.append(f"  {name:<26} {word.help}")
+        lines += textwrap.wrap(word.described, HELP_WIDTH, initial_indent=f"  {name:<26} ", subsequent_indent=" " * 29)
     lines.append("  ro, nosuid, nodev, …       as mount(8) has them; noauto, nofail, _netdev, x-… are for fstab alone")
     return "\n".join(lines)

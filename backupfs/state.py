@@ -7,7 +7,11 @@
         job          the backup job that runs, or was left over by a killed process
 
 Each file is replaced whole: written beside, fsynced, renamed, and the folder fsynced, so a crash
-leaves the old one or the new one. A checksum tells the rest.
+leaves the old one or the new one. A checksum tells the rest. The label is in the file's mtime too,
+which outlives damage to its contents.
+
+Law: labels never go back, for a copy that saw a later one would miss changes. And what is read here
+decides which files are deleted, so the folder must be ours and nobody else's to write.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import logging
 import math
 import os
 import pwd
+import re
+import stat
 import time
 import zlib
 from collections.abc import Iterator
@@ -31,6 +37,7 @@ from backupfs.errors import DomainInUse, StateFolderError
 log = logging.getLogger("backupfs.state")
 
 SYSTEM_FOLDER: Final = "/var/lib/backupfs"
+_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +52,23 @@ class JobRecord:
 
 
 def state_folder() -> Path:
-    """Return the folder of this user's state; systemd's StateDirectory= comes first."""
-    if given := os.environ.get("STATE_DIRECTORY"):
-        return Path(given.split(":")[0])
+    """Return the folder of this user's state; systemd's StateDirectory= comes first.
+
+    A relative path in the environment is ignored, as XDG has it: it would be another folder, and
+    another lock, for each working directory.
+    """
+    if (given := os.environ.get("STATE_DIRECTORY", "").split(":")[0]).startswith("/"):
+        return Path(given)
     if os.geteuid() == 0:
         return Path(SYSTEM_FOLDER)
-    if given := os.environ.get("XDG_STATE_HOME"):
+    if (given := os.environ.get("XDG_STATE_HOME", "")).startswith("/"):
         return Path(given, "backupfs")
-    # mount(8) leaves HOME unset.
-    home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+    home = os.environ.get("HOME", "")
+    if not home.startswith("/"):  # mount(8) leaves it unset
+        try:
+            home = pwd.getpwuid(os.geteuid()).pw_dir
+        except KeyError:
+            raise StateFolderError("~/.local/state", f"user {os.geteuid()} has no home; set XDG_STATE_HOME") from None
     return Path(home, ".local/state/backupfs")
 
 
@@ -73,7 +88,7 @@ class State:
     def advance_to(self, instant: int) -> None:
         """Note the label of a point, durably; only then may the point be served."""
         assert instant > self.last_instant
-        self._write("instant", {"instant": instant})
+        self._write("instant", {"instant": instant}, mtime=instant)
         self.last_instant = instant
 
     def record_job(self, record: JobRecord) -> None:
@@ -83,47 +98,54 @@ class State:
 
     def forget_job(self) -> None:
         """Note that the job is gone."""
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / "job").unlink()
-        self._sync()
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / "job").unlink()
+            self._sync()
+        except OSError as error:
+            raise StateFolderError(str(self.folder), f"cannot remove job: {error.strerror}") from error
         self.job = None
 
     def _load(self) -> None:
-        instant = self._read("instant")
-        if instant is not None:
-            self.last_instant = int(instant["instant"])
-        elif (damaged := self.folder / "instant").exists():
-            # The label was of before the file was written last, or of soon after.
-            self.last_instant = math.ceil(max(damaged.stat().st_mtime, time.time())) + 1
-            log.warning("%s is damaged: labels go on from %d", damaged, self.last_instant)
-        job = self._read("job")
-        if job is not None:
-            job["scratches"] = tuple(job["scratches"])
-            self.job = JobRecord(**job)
-        elif (self.folder / "job").exists():
-            log.warning(
-                "%s is damaged: a job that was left over is not known to be ours; end it with `virsh domjobabort`",
-                self.folder / "job",
-            )
-            self.forget_job()
+        found = self._read("instant")
+        if found is not None:
+            instant = _parse_instant(found)
+            self.last_instant = self._guess_instant() if instant is None else instant
+        found = self._read("job")
+        if found is not None:
+            self.job = _parse_job(found)
+            if self.job is None:
+                log.warning(
+                    "%s is damaged: a job that was left over is not known to be ours; end it with `virsh domjobabort`",
+                    self.folder / "job",
+                )
+                self.forget_job()
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _guess_instant(self) -> int:
+        """Return a label that no point since has had, as far as a damaged file can tell."""
+        damaged = self.folder / "instant"
+        instant = math.ceil(max(damaged.stat().st_mtime, time.time()))
+        log.warning("%s is damaged: labels go on from %d", damaged, instant)
+        return instant
+
+    def _read(self, name: str) -> bytes | None:
         try:
-            checksum, _, body = (self.folder / name).read_bytes().partition(b" ")
-            if int(checksum, 16) != zlib.crc32(body):
-                return None
-            value = json.loads(body)
-        except (FileNotFoundError, ValueError):
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
             return None
-        return value if isinstance(value, dict) else None
+        except OSError as error:
+            raise StateFolderError(str(self.folder), f"cannot read {name}: {error.strerror}") from error
 
-    def _write(self, name: str, value: dict[str, Any]) -> None:
+    def _write(self, name: str, value: dict[str, Any], mtime: int | None = None) -> None:
         body = json.dumps(value).encode()
         fresh = self.folder / f"{name}.new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with open(fresh, "wb") as file:
+            with open(os.open(fresh, flags, 0o600), "wb") as file:
                 file.write(b"%08x " % zlib.crc32(body) + body)
                 file.flush()
+                if mtime is not None:
+                    os.utime(file.fileno(), (mtime, mtime))
                 os.fsync(file.fileno())
             fresh.replace(self.folder / name)
             self._sync()
@@ -138,27 +160,81 @@ class State:
             os.close(descriptor)
 
 
+def _parse(contents: bytes) -> dict[str, Any] | None:
+    """Return what `State._write` wrote; None if it is not whole."""
+    checksum, _, body = contents.partition(b" ")
+    try:
+        value = json.loads(body) if int(checksum, 16) == zlib.crc32(body) else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parse_instant(contents: bytes) -> int | None:
+    instant = (_parse(contents) or {}).get("instant")
+    return instant if type(instant) is int and instant >= 0 else None
+
+
+def _parse_job(contents: bytes) -> JobRecord | None:
+    """Return the record; None if it is not whole, or of a version that had other fields."""
+    value = _parse(contents) or {}
+    match value:
+        case {
+            "job_id": str(job_id),
+            "socket": str(socket),
+            "scratches": list(scratches),
+            "domain_id": int(domain_id),
+            "began": int() | float() as began,
+        } if job_id and all(isinstance(path, str) for path in scratches):
+            return JobRecord(job_id, socket, tuple(scratches), domain_id, float(began))
+    return None
+
+
+def _make_private(folder: Path) -> None:
+    """Make *folder* unless it is there; raise StateFolderError unless it is ours alone to write."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise StateFolderError(str(folder), f"belongs to user {status.st_uid}; give it to {os.geteuid()}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StateFolderError(str(folder), f"others may write to it; run `chmod go-w {folder}`")
+
+
 @contextlib.contextmanager
 def open_state(host_uuid: str, domain_uuid: str, *, domain: str, holder: str) -> Iterator[State]:
     """Take hold of a domain's state; *holder* (the mount point) is told to whoever comes second.
 
-    Raises DomainInUse, StateFolderError. The lock goes with the process, however it ends.
+    Raises DomainInUse, StateFolderError. The lock goes with the process, however it ends, and is
+    not handed to programs that it starts; a child by fork would keep it.
     """
-    folder = state_folder() / host_uuid / domain_uuid
+    base = state_folder()
+    for key in (host_uuid, domain_uuid):
+        if not _KEY.fullmatch(key):
+            raise StateFolderError(str(base), f"{key[:100]!a} cannot be the name of a folder in it")
+    folder = base / host_uuid / domain_uuid
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for each in (base, folder.parent, folder):
+            _make_private(each)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StateFolderError(str(folder), error.strerror or str(error)) from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DomainInUse(domain, os.pread(lock, 4096, 0).decode(errors="replace") or "another process") from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} at {holder}".encode("utf-8", "surrogateescape"), 0)
+        _take(lock, folder, domain, f"process {os.getpid()} at {holder}")
         state = State(folder)
         state._load()
         yield state
     finally:
         os.close(lock)
+
+
+def _take(lock: int, folder: Path, domain: str, holder: str) -> None:
+    """Lock, and leave word of who holds it; raise DomainInUse with the word that was left."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, holder.encode("utf-8", "surrogateescape"), 0)
+    except BlockingIOError:
+        raise DomainInUse(domain, os.pread(lock, 4096, 0).decode(errors="replace") or "another process") from None
+    except OSError as error:
+        raise StateFolderError(str(folder), f"cannot lock it: {error.strerror}") from error

@@ -3,20 +3,28 @@
 
 Snapshot ──render_json──► .backupfs/status.json ──render_table──► a person
          └─render_metrics► .backupfs/metrics.prom ──► Prometheus
+
+Law: within one SCHEMA a field of status.json may be added, none changed or taken away; so the
+reader, which may be of another version, takes what it finds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from backupfs.logs import printable
 
-SCHEMA: Final = 1  # of status.json; a field may be added within one, none changed or taken away
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA: Final = 1  # of status.json
+UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB")
+STATES: Final = ("idle", "starting", "running", "stopping", "lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,45 +75,56 @@ class Snapshot:
 
 
 def render_json(snapshot: Snapshot) -> bytes:
-    """Write status.json."""
+    """Write status.json: the fields of Snapshot, and the number of their schema."""
     return (json.dumps({"schema": SCHEMA, **asdict(snapshot)}, indent=2) + "\n").encode()
 
 
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+# --- Prometheus' text format, version 0.0.4 ------------------------------------------------------
+
+Sample = tuple[Mapping[str, str], float]
 
 
-def _metric(name: str, kind: str, text: str, samples: list[tuple[Mapping[str, str], float]]) -> Iterator[str]:
+def _label(value: str) -> str:
+    """Write a label's value: UTF-8, with three characters escaped and no others."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return escaped.encode(errors="replace").decode()
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return "NaN" if math.isnan(value) else repr(value)
+
+
+def _metric(name: str, kind: str, text: str, samples: list[Sample]) -> Iterator[str]:
+    """Yield the lines of one metric; none without a sample, for what is not known is not 0."""
     if not samples:
         return
     yield f"# HELP backupfs_{name} {text}"
     yield f"# TYPE backupfs_{name} {kind}"
     for labels, value in samples:
-        words = ",".join(f'{key}="{_escape(label)}"' for key, label in labels.items())
-        yield f"backupfs_{name}{{{words}}} {value!r}"
+        words = ",".join(f'{key}="{_label(label)}"' for key, label in labels.items())
+        yield f"backupfs_{name}{{{words}}} {_number(value)}"
 
 
 def render_metrics(snapshot: Snapshot) -> bytes:
     """Write the figures in Prometheus' text format."""
     own = {"domain": snapshot.domain, "uuid": snapshot.uuid}
 
-    def one(value: float | None) -> list[tuple[Mapping[str, str], float]]:
+    def one(value: float | None) -> list[Sample]:
         return [] if value is None else [(own, value)]
 
-    def each(field: str) -> list[tuple[Mapping[str, str], float]]:
+    def each(field: str) -> list[Sample]:
         values = ((target, getattr(disk, field)) for target, disk in snapshot.disks.items())
         return [({**own, "disk": target}, value) for target, value in values if value is not None]
 
+    states: list[Sample] = [({**own, "state": state}, int(state == snapshot.state)) for state in STATES]
+    failed = int("point" in snapshot.why)
+    build: list[Sample] = [({**own, "version": snapshot.version}, 1)]
     lines = [
-        *_metric(
-            "state",
-            "gauge",
-            "1 for the state that the backup job is in.",
-            [
-                ({**own, "state": state}, int(state == snapshot.state))
-                for state in ("idle", "starting", "running", "stopping", "lost")
-            ],
-        ),
+        *_metric("build_info", "gauge", "The version that serves the mount.", build),
+        *_metric("state", "gauge", "1 for the state that the backup job is in.", states),
+        *_metric("point_failed", "gauge", "1 if the latest point in time was lost or could not begin.", one(failed)),
         *_metric("instant_seconds", "gauge", "The point in time's instant.", one(snapshot.instant)),
         *_metric("last_instant_seconds", "gauge", "The latest point in time's instant.", one(snapshot.last_instant)),
         *_metric("open_files", "gauge", "Open files of points in time.", one(snapshot.open_files)),
@@ -114,51 +133,73 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         *_metric("scratch_free_bytes", "gauge", "Room left where they are saved.", each("scratch_free")),
         *_metric("disk_size_bytes", "gauge", "The disk's size.", each("size")),
         *_metric("disk_allocated_bytes", "gauge", "What of it is not zero.", each("allocated")),
-        *_metric("disk_read_bytes", "counter", "Bytes brought over NBD in this point in time.", each("read")),
-        *_metric("disk_requests", "counter", "NBD reads in this point in time.", each("requests")),
-        *_metric("disk_reconnects", "counter", "NBD connections made again.", each("reconnects")),
+        *_metric("disk_extents", "gauge", "Runs of data and of zeros in its map.", each("extents")),
+        *_metric("disk_connections", "gauge", "NBD connections.", each("connections")),
+        *_metric("disk_read_bytes_total", "counter", "Bytes brought over NBD in this point in time.", each("read")),
+        *_metric("disk_requests_total", "counter", "NBD reads in this point in time.", each("requests")),
+        *_metric("disk_reconnects_total", "counter", "NBD connections made again.", each("reconnects")),
     ]
     return ("\n".join(lines) + "\n").encode()
+
+
+# --- for a person --------------------------------------------------------------------------------
 
 
 def size_text(count: float | None) -> str:
     """Write bytes with a binary unit; what is not known is a dash."""
     if count is None:
         return "–"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+    if abs(count) < 1023.5:  # above, it would be rounded to 1024
+        return f"{count:.0f} B"
+    power = 1
+    while abs(count) / 1024**power >= 1023.95 and power < len(UNITS):
+        power += 1
+    return f"{count / 1024**power:.1f} {UNITS[power - 1]}"
 
 
 def duration_text(seconds: float | None) -> str:
     """Write a duration with its two largest units."""
     if seconds is None:
         return "–"
-    whole = int(seconds)
+    whole = max(int(seconds), 0)  # a clock may have stepped back
     for size, unit, small, rest in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // small} {rest}"
     return f"{whole} s"
 
 
+def instant_text(instant: int) -> str:
+    """Write an instant as local time, and as the number that the files' times are."""
+    return f"{datetime.fromtimestamp(instant).astimezone().isoformat(sep=' ')} ({instant})"
+
+
+def _head(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "domain", f"{status['domain']}  ({status['uuid']} at {status['uri']})"
+    yield "mounted", f"{status['mount_point']}, by process {status['pid']}, backupfs {status['version']}"
+    yield "state", status["state"]
+    if status["instant"] is not None:
+        yield "instant", f"{instant_text(status['instant'])}, {duration_text(status['age'])} old"
+        if status["idle"]:
+            yield "ends", f"when unused for {duration_text(status['idle'])}"
+    yield "open files", f"{status['open_files']}; last request {duration_text(status['unused_for'])} ago"
+    if status["scratch_used"] is not None:
+        yield "scratch used", size_text(status["scratch_used"])
+    yield "log", status["log"]
+
+
 def render_table(status: Mapping[str, Any], console: Console) -> None:
     """Print status.json for a person."""
-    head = Table.grid(padding=(0, 2))
-    rows = [
-        ("domain", f"{status['domain']}  ({status['uuid']} at {status['uri']})"),
-        ("mounted", f"{status['mount_point']}, by process {status['pid']}"),
-        ("state", status["state"]),
-    ]
-    if status["instant"] is not None:
-        rows.append(("instant", f"{status['instant']}, {duration_text(status['age'])} old"))
-    rows.append(("open files", f"{status['open_files']}; last request {duration_text(status['unused_for'])} ago"))
-    if status["scratch_used"] is not None:
-        rows.append(("scratch used", size_text(status["scratch_used"])))
-    for name, value in rows:
-        head.add_row(f"{name}:", value)
-    console.print(head, markup=False)
+    # Late: the process that serves a mount renders no table, and shall not carry rich for it.
+    from rich import box  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    def say(line: str) -> None:
+        # Not cut and not wrapped: a path is there to be copied.
+        console.print(printable(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    for name, value in _head(status):
+        say(f"{name + ':':<14}{value}")
     if status["disks"]:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("disk")
@@ -166,7 +207,7 @@ def render_table(status: Mapping[str, Any], console: Console) -> None:
             table.add_column(column, justify="right")
         for target, disk in status["disks"].items():
             table.add_row(
-                target,
+                Text(printable(target)),
                 size_text(disk["size"]),
                 size_text(disk["allocated"]),
                 size_text(disk["read"]),
@@ -175,4 +216,7 @@ def render_table(status: Mapping[str, Any], console: Console) -> None:
             )
         console.print(table)
     for name, why in status["why"].items():
-        console.print(f"{name}: {why}", markup=False, soft_wrap=True)
+        say(f"{name}: {why}")
+    for target, disk in status["disks"].items():
+        if disk["why_no_extents"]:
+            say(f"{target}: holes are read like data: {disk['why_no_extents']}")
