@@ -198,7 +198,7 @@ class Windows:
         return stream if stream.ahead else None
 
     def _find(self, offset: int) -> _Stream | None:
-        """Find the stream that expects a read at *offset*, else the nearest that has the block or is close before it."""
+        """Find the stream that expects a read at *offset*, else the nearest one that is close before it."""
         number = offset // BLOCK
         found, nearest = None, 0
         for stream in self._streams:
