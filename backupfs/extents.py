@@ -79,7 +79,13 @@ class ExtentMap:
 
     def total(self, flag: int) -> int:
         """Return how many bytes have *flag*."""
-        return sum(stop - start for start, stop, flags in self if flags & flag)
+        found, start, counts = 0, 0, False
+        # Word by word: two million extents in a tenth of a second, which blocks all else.
+        for word in self._words:
+            if counts:
+                found += (word >> _FLAG_BITS) - start
+            start, counts = word >> _FLAG_BITS, bool(word & flag)
+        return found + (self.size - start if counts else 0)
 
 
 class Builder:

@@ -257,7 +257,13 @@ class Job:
                 self.touch()
                 self._fire(Event.BEGAN)
                 self._settled.set()
-                log.info("%s: point in time %d begins (job %s)", self.domain.name, point.instant, point.job_id)
+                log.info(
+                    "%s: point in time %d begins (job %s, made in %.0f ms)",
+                    self.domain.name,
+                    point.instant,
+                    point.job_id,
+                    point.took * 1000,
+                )
                 await self._end_wanted.wait()
                 await trio.lowlevel.checkpoint()  # answers that are on their way belong to the point
         except BackupfsError as error:

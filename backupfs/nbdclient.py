@@ -65,7 +65,6 @@ class Handle(Protocol):
 
     def set_export_name(self, name: str, /) -> None: ...
     def set_pread_initialize(self, request: bool, /) -> None: ...
-    def set_request_block_size(self, request: bool, /) -> None: ...
     def set_request_structured_replies(self, request: bool, /) -> None: ...
     def add_meta_context(self, name: str, /) -> None: ...
     def can_meta_context(self, name: str, /) -> bool: ...
@@ -138,7 +137,7 @@ class Request:
                 token.run_sync_soon(self._event.set)
 
 
-class _Patience:
+class Patience:
     """How long the server may leave us without an answer.
 
     Only time that was spent in waiting counts, and no more of it than was asked for: a process
@@ -274,8 +273,6 @@ class Connection:
         handle: Handle = nbd.NBD()
         handle.set_export_name(self.address.export)
         handle.set_pread_initialize(False)  # an answer overwrites all of its buffer, or is an error
-        # Not asked for its block size, QEMU takes requests of any alignment, as readers make them.
-        handle.set_request_block_size(False)
         handle.set_request_structured_replies(structured)
         if structured:
             handle.add_meta_context(CONTEXT)
@@ -287,7 +284,7 @@ class Connection:
     def _check(self, handle: Handle) -> None:
         """See that the server's disk is one that we can read, and still the same."""
         size = handle.get_size()
-        if size > LARGEST:
+        if not 0 <= size <= LARGEST:
             raise NbdProtocolError(self.address.export, f"it tells a size of {size} bytes")
         if self.size not in (None, size):
             raise self._unavailable(f"the disk has {size} bytes now, it had {self.size}")
@@ -299,7 +296,7 @@ class Connection:
 
     def _drive(self, handle: Handle, is_done: Callable[[], bool], what: str) -> None:
         """Let libnbd work until *is_done*; raise NbdTimeout if that takes longer than the time-out."""
-        patience = _Patience(self.timeout)
+        patience = Patience(self.timeout)
         while not is_done():
             self._raise_if_over(handle)
             if self._closing:
@@ -312,7 +309,7 @@ class Connection:
         if handle.aio_is_dead() or handle.aio_is_closed():
             raise self._unavailable("the server closed the connection")
 
-    def _poll(self, handle: Handle, patience: _Patience | None, *, has_room: bool = False) -> None:
+    def _poll(self, handle: Handle, patience: Patience | None, *, has_room: bool = False) -> None:
         """Wait for the server, or for a ring if there *has_room* for a request; let libnbd do what it can."""
         direction = handle.aio_get_direction()
         self._watch(
@@ -351,7 +348,7 @@ class Connection:
 
     def _serve(self, handle: Handle, in_flight: dict[int, Request]) -> None:
         """Send what is queued and hand out what is answered, until closed."""
-        patience = _Patience(self.timeout)
+        patience = Patience(self.timeout)
         while not self._closing:
             if not in_flight:
                 patience.renew()

@@ -64,7 +64,8 @@ class Point:
     """One instant of a domain, being served. Got with `open_point`.
 
     `instant` is its label, in whole seconds since 1970; `generation` tells it from the other
-    points of this mount. `over` is set before its job ends and never cleared.
+    points of this mount; `took` is how many seconds its begin took, without the wait for
+    its label. `over` is set before its job ends and never cleared.
     """
 
     generation: int
@@ -72,6 +73,7 @@ class Point:
     job_id: str
     socket: str
     began: float
+    took: float
     instant: int
     files: Mapping[str, bytes]
     images: Mapping[str, RawImage[Export]]
@@ -128,6 +130,7 @@ async def open_point(
     *on_lost* is called, in the trio thread, with the reason when the exports are found dead.
     Raises DomainNotRunning, ForeignJob, DiskUnusable, LibvirtRefused and what NBD can raise.
     """
+    started = trio.current_time()
     if not await domain.is_alive():
         raise DomainNotRunning(domain.name, await domain.state())
     await clear_left_over(domain, state)
@@ -186,6 +189,7 @@ async def open_point(
             job_id=job_id,
             socket=socket,
             began=began,
+            took=trio.current_time() - started,
             instant=await _label(domain.name, state),
             files=files,
             images={target: RawImage(export, export.extents) for target, export in exports.items()},

@@ -38,7 +38,7 @@ _names = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A disk to give a guest. `path`: an image, device or medium that is there already."""
+    """A disk to give a guest. `path`: an image, device, socket or medium that is there already."""
 
     target: str = "vda"
     size: int = 64 * MIB
@@ -55,6 +55,8 @@ class Disk:
     def xml(self, path: Path | None) -> str:
         attribute = "dev" if self.kind == "block" else "file"
         source = f"<source {attribute}={quoteattr(str(path))}/>" if path else ""
+        if self.kind == "network":  # an NBD server on a unix socket
+            source = f"<source protocol='nbd'><host transport='unix' socket={quoteattr(str(path))}/></source>"
         return (
             f"<disk type='{self.kind}' device='{self.device}'>"
             f"<driver name='qemu' type='{self.format}' discard='unmap'/>{source}"

@@ -141,3 +141,25 @@ def test_a_domain_that_is_off_can_be_mounted_and_says_so(lab: Libvirt, mount: Mo
         guest.start()
         assert (mounted.raw / "vda.raw").stat().st_size == MIB
         mounted.unmount()
+
+
+def test_a_network_disk_is_served(lab: Libvirt, mount: Mounter) -> None:
+    folder = lab.images / "network"
+    folder.mkdir()
+    shutil.chown(folder, "nobody")
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-U", folder / "nbd.sock", "-P", folder / "pid", "memory", "8M"], user="nobody"
+    )
+    try:
+        wait_until((folder / "pid").exists)
+        network = Disk("vdb", kind="network", format="raw", path=folder / "nbd.sock")
+        with open_guest(lab, [Disk("vda", size=MIB), network]) as guest:
+            guest.run("tr '\\0' N < /dev/zero | dd of=/dev/vdb bs=1M count=3 iflag=fullblock; sync")
+            mounted = mount(guest, f"scratch={folder}")
+            assert (mounted.raw / "vdb.raw").read_bytes() == b"N" * 3 * MIB + bytes(5 * MIB)
+            guest.run("dd if=/dev/zero of=/dev/vdb bs=1M count=8; sync")
+            assert (mounted.raw / "vdb.raw").read_bytes()[: 3 * MIB] == b"N" * 3 * MIB
+            mounted.unmount()
+    finally:
+        server.terminate()
+        server.wait()

@@ -301,7 +301,7 @@ def test_fifty_mounts_and_points_leak_nothing(lab: Libvirt, own_guest: Guest, mo
     env = mount.env(lab)
     point = mount.mount_point()
     command = [str(COMMAND), "-o", f"uri={lab.uri}", own_guest.name, str(point)]
-    for _ in range(12):
+    for _ in range(50):
         subprocess.run(command, env=env, check=True)
         assert "raw" in os.listdir(point)
         subprocess.run(["umount", point], check=True)
