@@ -265,12 +265,12 @@ def test_the_process_ends_though_another_namespace_keeps_a_copy_of_the_mount(own
     os.listdir(mounted.raw)
     # As QEMU's own namespace does where the mounts are private.
     keeper = subprocess.Popen(
-        ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; read x"],
+        ["unshare", "-m", "--propagation", "unchanged", "sh", "-c", "echo ready; read x"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    assert keeper.stdout is not None
-    assert keeper.stdout.readline() == b"ready\n"
     try:
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == b"ready\n"
         mounted.unmount()
     finally:
         keeper.communicate(b"\n")

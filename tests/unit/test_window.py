@@ -15,7 +15,7 @@ from backupfs.errors import NbdReadFailed, NbdUnavailable
 from backupfs.export import Export
 from backupfs.extents import ZERO, Builder, ExtentMap, uniform
 from backupfs.nbdclient import Request
-from backupfs.window import AHEAD, BLOCK, POOL, STREAMS, SURE, Pool, Windows, align
+from backupfs.window import BLOCK, FAR, LATE, NEAR, POOL, STREAMS, SURE, Pool, Windows, align
 
 KIB = 2**10
 HALF = BLOCK // 2
@@ -55,10 +55,11 @@ class Held:
     async def arrive(self, fetch: Fetch) -> None:
         await fetch.request.wait()
 
-    def answer(self) -> None:
-        """Answer all, the last first."""
-        while self.held:
-            request = self.held.pop()
+    def answer(self, *, only: int | None = None) -> None:
+        """Answer all, the last first; or only what begins at one offset."""
+        answering = [request for request in self.held if only in (None, request.offset)]
+        self.held = [request for request in self.held if request not in answering]
+        for request in reversed(answering):
             if any(request.offset <= bad < request.offset + request.length for bad in self.broken):
                 error = NbdReadFailed("vda", request.offset, request.length, "EIO")
                 request.finish(self.token, error)
@@ -122,7 +123,7 @@ async def test_second_read_in_a_row_opens_the_window(pool: Pool) -> None:
         for number in range(2, 20):
             await reader.check(number * BLOCK, BLOCK)
         # Each block once, and no more of them ahead than there should be.
-        assert reader.source.asked == [(number * BLOCK, BLOCK) for number in range(20 + AHEAD)]
+        assert reader.source.asked == [(number * BLOCK, BLOCK) for number in range(20 + NEAR)]
 
 
 async def test_few_small_reads_in_a_row_are_no_stream_yet(pool: Pool) -> None:
@@ -159,7 +160,7 @@ async def test_requests_that_come_out_of_order_are_one_stream(pool: Pool) -> Non
         for number in range(2, 30, 2):
             await reader.check((number + 1) * BLOCK, BLOCK)
             await reader.check(number * BLOCK, BLOCK)
-        assert len(reader.source.asked) == len(set(reader.source.asked)) <= 30 + AHEAD
+        assert len(reader.source.asked) == len(set(reader.source.asked)) <= 30 + NEAR
 
 
 async def test_several_readers_and_one_that_jumps_do_not_fight(pool: Pool) -> None:
@@ -169,7 +170,7 @@ async def test_several_readers_and_one_that_jumps_do_not_fight(pool: Pool) -> No
                 await reader.check((start + number) * BLOCK, BLOCK)
             await reader.check((number * 7919 % 150 + 800) * BLOCK + 77, 4096)
         blocks = [offset for offset, length in reader.source.asked if length == BLOCK]
-        assert len(blocks) == len(set(blocks)) <= 4 * (30 + AHEAD)
+        assert len(blocks) == len(set(blocks)) <= 4 * (30 + NEAR)
         assert reader.source.fetched == len(blocks) * BLOCK + 30 * 4096
 
 
@@ -259,9 +260,7 @@ async def test_buffers_are_bounded_however_many_stream(pool: Pool) -> None:
         assert pool.made == POOL
 
 
-async def test_reader_takes_the_buffers_of_one_that_went_away(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("backupfs.window.time.monotonic", lambda: now)
+async def test_reader_takes_the_buffers_of_one_that_went_away(pool: Pool, mock_clock: trio.testing.MockClock) -> None:
     async with Reader(Held(uniform(1000 * BLOCK)), pool) as gone, Reader(Held(uniform(100 * BLOCK)), pool) as reader:
         for start in range(0, STREAMS * 50, 50):
             for number in range(6):
@@ -271,7 +270,7 @@ async def test_reader_takes_the_buffers_of_one_that_went_away(pool: Pool, monkey
         await reader.check(0, BLOCK)
         await reader.check(BLOCK, BLOCK)
         assert len(reader.source.asked) == 2
-        now = 10.0
+        mock_clock.jump(10)
         await reader.check(2 * BLOCK, BLOCK)
         assert len(reader.source.asked) == 5
         assert pool.made == POOL
@@ -327,3 +326,24 @@ def test_align_widens_to_whole_blocks_and_ends_with_the_disk() -> None:
     assert align(513, 1500, 512, 4096) == (512, 1536)
     assert align(512, 1024, 512, 4096) == (512, 1024)
     assert align(4000, 4090, 4096, 4090) == (0, 4090)
+
+
+async def test_window_is_deeper_for_a_server_that_is_slow(pool: Pool, mock_clock: trio.testing.MockClock) -> None:
+    source = Held(uniform(200 * BLOCK), at_once=False)
+    async with Reader(source, pool) as reader, trio.open_nursery() as nursery:
+
+        def ahead(number: int) -> int:
+            return max(offset for offset, _ in source.asked) // BLOCK - number
+
+        for number in range(20):
+            # As it comes over a network: nothing is there before it is waited for.
+            nursery.start_soon(reader.check, number * BLOCK, BLOCK)
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(2 * LATE)
+            source.answer(only=number * BLOCK)
+        assert ahead(19) == FAR
+        source.answer()
+        source.at_once = True
+        for number in range(20, 100):
+            await reader.check(number * BLOCK, BLOCK)
+        assert ahead(99) == NEAR
