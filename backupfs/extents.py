@@ -72,9 +72,15 @@ class ExtentMap:
 
     def find(self, offset: int, flag: int, wanted: bool) -> int | None:
         """Return the first byte from *offset* on where *flag* is set (or not); None: nowhere."""
-        for start, _stop, flags in self.iter_range(min(offset, self.size), self.size):
-            if bool(flags & flag) is wanted:
-                return start
+        if not 0 <= offset < self.size:
+            return None
+        words = self._words
+        index = bisect_right(words, offset << _FLAG_BITS | _FLAG_MASK) - 1
+        if bool(words[index] & flag) is wanted:
+            return offset
+        for later in range(index + 1, len(words)):
+            if bool(words[later] & flag) is wanted:
+                return words[later] >> _FLAG_BITS
         return None
 
     def total(self, flag: int) -> int:

@@ -42,6 +42,7 @@ from backupfs.state import State
 
 log = logging.getLogger("backupfs.job")
 
+GRACE_SECONDS: Final = 1.0
 QUIET_SECONDS: Final = 60.0  # a lost point is forgotten when nobody has asked for so long
 
 
@@ -100,9 +101,7 @@ class Lease:
             self._released = True
             self._job._leases.discard(self)
             self._job.touch()
-            self._job._changed.set()
-            self._job._released.set()
-            self._job._released = trio.Event()
+            self._job._tell_released()
 
 
 @dataclass(eq=False)
@@ -410,13 +409,29 @@ class Job:
             del self._openers[pid]
             trio.lowlevel.notify_closing(pidfd)
             os.close(pidfd)
-            self._changed.set()
+            self._tell_released()
+
+    def _tell_released(self) -> None:
+        """Wake up whoever waits until fewer hold the point."""
+        self._changed.set()
+        self._released.set()
+        self._released = trio.Event()
 
     def _forget_openers(self) -> None:
         openers, self._openers = self._openers, {}
         for pidfd in openers.values():
             trio.lowlevel.notify_closing(pidfd)
             os.close(pidfd)
+
+    async def settle(self) -> bool:
+        """Say whether somebody holds the point, after a moment for news that is on its way.
+
+        The kernel tells of a closed file, and of an ended process, a little after the fact.
+        """
+        with trio.move_on_after(GRACE_SECONDS):
+            while self.is_held:
+                await self._released.wait()
+        return self.is_held
 
     async def wait_no_open_files(self) -> None:
         """Wait until nobody has a file of a point open."""

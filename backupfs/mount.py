@@ -165,7 +165,7 @@ async def _await_signal(job: Job, fuse: _Fuse, nursery: trio.Nursery) -> None:
     with trio.open_signal_receiver(*SIGNALS) as arriving:
         async for number in arriving:
             name = signal.Signals(number).name
-            busy = "a point in time is in use" if job.is_held else await mountpoint.unmount(fuse.path)
+            busy = "a point in time is in use" if await job.settle() else await mountpoint.unmount(fuse.path)
             if busy is None:
                 log.info("%s: %s: unmounting", job.domain.name, name)
             else:
