@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The job's states on a clock of the tests' own; the point behind them is a stand-in."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from backupfs import job as job_module
+from backupfs.domain import Happening, Kind
+from backupfs.errors import DomainNotRunning, NotBegun, PointLost, PointOver
+from backupfs.job import QUIET_SECONDS, TRANSITIONS, Event, Job, JobState, open_job
+from backupfs.options import Options
+from backupfs.point import Point
+
+
+@dataclass(eq=False)
+class Backend:
+    """What stands for libvirt: says whether a begin works, and how many jobs run."""
+
+    error: Exception | None = None
+    running: int = 0
+    begun: int = 0
+    slow: float = 0.0
+    name: str = "web01"
+    on_lost: Callable[[str], None] | None = None
+    last_instant: int = 0
+    send: Any = None
+    happenings: Any = field(default=None)
+
+    def __post_init__(self) -> None:
+        self.send, self.happenings = trio.open_memory_channel[Happening](100)
+
+    async def backup_xml(self) -> str | None:
+        return f"<domainbackup mode='pull'><server socket='/s{self.begun}'/></domainbackup>" if self.running else None
+
+    @contextlib.asynccontextmanager
+    async def open_point(
+        self, domain: Any, record: Any, options: Options, *, generation: int, on_lost: Callable[[str], None]
+    ) -> AsyncIterator[Point]:
+        await trio.sleep(self.slow)
+        if self.error is not None:
+            raise self.error
+        self.running += 1
+        self.begun += 1
+        self.on_lost = on_lost
+        self.last_instant = self.begun
+        try:
+            yield Point(
+                generation=generation, domain=self.name, job_id="j", socket=f"/s{self.begun}", began=time.time(),
+                took=0.0, instant=self.begun, files={}, images={}, exports={}, scratches={}, left_out={},
+            )  # fmt: skip
+        finally:
+            await trio.lowlevel.checkpoint()
+            self.running -= 1
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    made = Backend()
+    monkeypatch.setattr(job_module, "open_point", made.open_point)
+    return made
+
+
+def opened(backend: Backend, **options: Any) -> contextlib.AbstractAsyncContextManager[Job]:
+    return open_job(backend, backend, Options(**options))  # type: ignore[arg-type]
+
+
+async def test_all_who_look_share_one_point(backend: Backend, autojump_clock: Any) -> None:
+    backend.slow = 2
+    async with opened(backend) as job:
+        seen: list[Point] = []
+
+        async def look() -> None:
+            seen.append(await job.look())
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(look)
+        assert len({id(point) for point in seen}) == 1
+        assert backend.begun == 1
+    assert backend.running == 0
+
+
+async def test_an_unused_point_ends_and_the_next_has_another_generation(backend: Backend, autojump_clock: Any) -> None:
+    async with opened(backend, idle=10.0) as job:
+        first = await job.look()
+        assert first.generation == job.generation
+        await trio.sleep(9)
+        job.touch()
+        await trio.sleep(9)
+        assert job.state is JobState.RUNNING
+        await trio.sleep(2)
+        assert job.state is JobState.IDLE
+        assert first.over
+        assert job.generation == first.generation + 1
+        with pytest.raises(PointOver):
+            job.lease(first, pid=0)
+        second = await job.look()
+        assert second.generation == job.generation
+
+
+async def test_an_open_file_holds_the_point_until_idle_max(
+    backend: Backend, autojump_clock: Any, logged_warnings: list[str]
+) -> None:
+    async with opened(backend, idle=10.0, idle_max=100.0) as job:
+        point = await job.look()
+        lease = job.lease(point, pid=0)
+        await trio.sleep(90)
+        lease.check()
+        await trio.sleep(99)
+        assert job.state is JobState.RUNNING
+        await trio.sleep(2)
+        assert job.state is JobState.LOST
+        with pytest.raises(PointLost, match="idle-max"):
+            lease.check()
+        lease.release()
+        lease.release()
+    assert "idle-max" in logged_warnings[0]
+    logged_warnings.clear()
+
+
+async def test_a_closed_file_lets_the_point_end_at_once_if_it_was_idle_for_long(
+    backend: Backend, autojump_clock: Any
+) -> None:
+    async with opened(backend, idle=10.0) as job:
+        lease = job.lease(await job.look(), pid=0)
+        await trio.sleep(500)
+        assert job.state is JobState.RUNNING
+        lease.release()
+        await trio.sleep(9)
+        assert job.state is JobState.RUNNING
+        await trio.sleep(2)
+        assert job.state is JobState.IDLE
+
+
+async def test_a_lost_point_is_forgotten_when_nobody_has_asked_for_a_while(
+    backend: Backend, autojump_clock: Any, logged_warnings: list[str]
+) -> None:
+    async with opened(backend) as job:
+        point = await job.look()
+        await backend.send.send(Happening(Kind.STOPPED, "destroyed"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert (job.state, point.lost) == (JobState.LOST, "the domain was destroyed")
+        assert backend.running == 0
+        for _ in range(3):
+            await trio.sleep(QUIET_SECONDS - 1)
+            with pytest.raises(PointLost, match="destroyed"):
+                await job.look()
+        await trio.sleep(QUIET_SECONDS + 1)
+        assert job.state is JobState.IDLE
+        assert (await job.look()).generation == point.generation + 1
+    assert "is lost: the domain was destroyed" in logged_warnings[0]
+    logged_warnings.clear()
+
+
+async def test_the_end_of_another_job_is_not_ours(backend: Backend, autojump_clock: Any) -> None:
+    async with opened(backend) as job:
+        await job.look()
+        await backend.send.send(Happening(Kind.JOB_ENDED))
+        await trio.testing.wait_all_tasks_blocked()
+        assert job.state is JobState.RUNNING
+
+
+async def test_a_job_that_vanished_is_lost(backend: Backend, autojump_clock: Any, logged_warnings: list[str]) -> None:
+    async with opened(backend) as job:
+        await job.look()
+        backend.running = 0
+        await backend.send.send(Happening(Kind.RECONNECTED))
+        await trio.testing.wait_all_tasks_blocked()
+        assert job.state is JobState.LOST
+        assert await job.release() == 0
+        assert job.state is JobState.IDLE
+        backend.running = 0
+        await job.look()
+    assert "ended from outside" in logged_warnings[0]
+    logged_warnings.clear()
+
+
+async def test_a_refused_begin_is_told_once_and_tried_again(
+    backend: Backend, autojump_clock: Any, logged_warnings: list[str]
+) -> None:
+    backend.error = DomainNotRunning("web01", "shut off")
+    async with opened(backend) as job:
+        for _ in range(3):
+            with pytest.raises(DomainNotRunning):
+                await job.look()
+        assert job.state is JobState.IDLE
+        assert len(logged_warnings) == 1
+        logged_warnings.clear()
+        backend.error = None
+        assert (await job.look()).generation == 1
+        assert job.refusal is None
+
+
+async def test_an_unexpected_error_is_logged_and_not_for_ever(
+    backend: Backend, autojump_clock: Any, logged_warnings: list[str]
+) -> None:
+    backend.error = ValueError("bug")
+    async with opened(backend) as job:
+        with pytest.raises(PointLost, match="unexpected"):
+            await job.look()
+        assert "ValueError: bug" in logged_warnings[0]
+        logged_warnings.clear()
+        backend.error = None
+        await job.look()
+
+
+async def test_a_begin_that_takes_long_does_not_hold_its_reader(backend: Backend, autojump_clock: Any) -> None:
+    backend.slow = 50
+    async with opened(backend, timeout=5.0) as job:
+        begun = trio.current_time()
+        with pytest.raises(PointLost, match="still starting"):
+            await job.look()
+        assert trio.current_time() - begun == pytest.approx(5)
+        await trio.sleep(50)
+        assert job.state is JobState.RUNNING
+
+
+async def test_begin_by_command_only(backend: Backend, autojump_clock: Any) -> None:
+    async with opened(backend, begin="command") as job:
+        with pytest.raises(NotBegun):
+            await job.look()
+        point = await job.begin()
+        assert await job.begin() is point
+        assert await job.look() is point
+        lease = job.lease(point, pid=0)
+        assert await job.release() == 1
+        assert await job.release() == 0
+        with pytest.raises(PointOver):
+            lease.check()
+        with pytest.raises(NotBegun):
+            await job.look()
+
+
+async def test_shut_ends_the_point_and_begins_no_other(backend: Backend, autojump_clock: Any) -> None:
+    async with opened(backend) as job:
+        lease = job.lease(await job.look(), pid=0)
+        assert await job.settle()
+        await job.shut()
+        assert backend.running == 0
+        with pytest.raises(PointOver):
+            lease.check()
+        with pytest.raises(PointLost, match="being unmounted"):
+            await job.look()
+
+
+def test_an_event_that_a_state_does_not_know_changes_nothing() -> None:
+    for state in JobState:
+        for event in Event:
+            if (state, event) not in TRANSITIONS:
+                made: Any = Job.__new__(Job)
+                made.state = state
+                with pytest.raises(KeyError):
+                    Job._fire(made, event)
+                assert made.state is state
