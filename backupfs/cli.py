@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BackupfsError as error:
         print(f"backupfs: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:  # before the mount was ready; then it is a signal like SIGTERM
+        return 128 + signal.SIGINT
 
 
 def _is_mount(words: Sequence[str]) -> bool:

@@ -77,8 +77,7 @@ class Operations(pyfuse3.Operations):
         self._file_mode = stat.S_IFREG | modes[1]
         self._handles = itertools.count(1)
         self._files: dict[int, OpenFile] = {}
-        self._folders: dict[int, OpenFolder] = {}
-        self._listed: dict[int, list[EntryAttributes]] = {}
+        self._folders: dict[int, tuple[Folder, OpenFolder]] = {}
         self._told: set[str] = set()
 
     def tell(self, error: BackupfsError) -> None:
@@ -143,27 +142,36 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        opened = await self._folder(inode).open(ctx.pid)
+        folder = self._folder(inode)
+        opened = await folder.open(ctx.pid)
         handle = next(self._handles)
-        self._folders[handle] = opened
+        self._folders[handle] = folder, opened
         return handle
 
     @answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        opened = self._folders[fh]
+        folder, opened = self._folders[fh]
         opened.check()
         for position, (name, node) in enumerate(opened.entries[start_id:], start_id + 1):
-            # An entry that vanished meanwhile is left out; a point that is over ends the listing.
             try:
-                entry = await self._attributes(node)
+                node, entry = await self._listed(folder, name, node)
             except NoSuchFile:
-                continue
+                continue  # vanished meanwhile
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position):
                 break
             self.inodes.remember(node)
 
+    async def _listed(self, folder: Folder, name: str, node: Node) -> tuple[Node, EntryAttributes]:
+        """Return an entry as it is now; a point that is over ends the listing of its own folders only."""
+        try:
+            return node, await self._attributes(node)
+        except PointOver:
+            # The root was opened, then a point ended: its raw/ is that of the next one by now.
+            node = await folder.child(name)
+            return node, await self._attributes(node)
+
     async def releasedir(self, fh: int) -> None:
-        self._folders.pop(fh).close()
+        self._folders.pop(fh)[1].close()
 
     # --- files -------------------------------------------------------------------------------
 

@@ -62,6 +62,8 @@ class Fresh(Generic[T]):
                 return await self.get()
         except BackupfsError:
             pass  # whoever opens the file is told
+        # While libvirt is away not every stat of a listing shall wait for it anew.
+        self._asked = trio.current_time()
         return default if self._value is None else self._value
 
 
