@@ -102,6 +102,12 @@ async def _serve_job(
         open_control(control, {"release": release, "begin": begin}),
         _open_fuse(operations, path, _fuse_options(source, options)) as fuse,
     ):
+
+        def settle_read_ahead() -> None:
+            # Not before: answering the kernel's INIT sets it back.
+            reporter.read_ahead = mountpoint.raise_read_ahead(fuse.device)
+
+        operations.at_first_request = settle_read_ahead
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_run_fuse, nursery)
             nursery.start_soon(_await_unmount, job, fuse.device, nursery)

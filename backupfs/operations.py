@@ -41,13 +41,16 @@ def answered(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
 
     @functools.wraps(handler)
     async def boundary(*args: P.args, **kwargs: P.kwargs) -> T:
+        operations = args[0]
+        assert isinstance(operations, Operations)
+        if operations.at_first_request is not None:
+            operations.at_first_request()
+            operations.at_first_request = None
         try:
             return await handler(*args, **kwargs)
         except FUSEError:
             raise
         except BackupfsError as error:
-            operations = args[0]
-            assert isinstance(operations, Operations)
             operations.tell(error)
             raise FUSEError(error.errno) from None
         except Exception:
@@ -71,6 +74,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.inodes = Inodes(root)
+        self.at_first_request: Callable[[], None] | None = None  # the kernel has settled the mount by then
         self._size = size
         self._owner = owner
         self._folder_mode = stat.S_IFDIR | modes[0]

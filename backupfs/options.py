@@ -48,6 +48,7 @@ class Options:
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
     umask: int | None = None
+    direct_io: bool = False
     debug: bool = False
     kernel: frozenset[str] = frozenset()  # words for the kernel's mount
 
@@ -194,6 +195,7 @@ OPTIONS: Final = (
     Word("uid", "USER", "who owns the files", "who mounts", _uid),
     Word("gid", "GROUP", "their group", "that of who mounts", _gid),
     Word("umask", "OCTAL", "take these permissions from 555 and 444", "500 for folders, 400 for files", _umask),
+    Word("direct_io", None, "hand disks past the page cache: for tools that read a megabyte at a time"),
     Word("debug", None, "log more"),
 )
 

@@ -28,6 +28,7 @@ class Reporter:
     mount_point: str
     control: str
     log: str
+    read_ahead: int = 0
     _read: collections.deque[tuple[float, str, dict[str, int]]] = field(
         default_factory=lambda: collections.deque(maxlen=RATE_SECONDS + 1)
     )
@@ -80,6 +81,7 @@ class Reporter:
             last_instant=job.record.last_instant,
             scratch_used=self._scratch_used,
             disks={target: self._disk(point, target) for target in point.exports} if point else {},
+            read_ahead=self.read_ahead,
             control=self.control,
             log=self.log,
         )

@@ -22,6 +22,7 @@ from backupfs.logs import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+READ_AHEAD: Final = 2**20  # bytes: below that, sequential reads are slower than they could be
 SCHEMA: Final = 1  # of status.json
 UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB")
 STATES: Final = ("idle", "starting", "running", "stopping", "lost")
@@ -70,6 +71,7 @@ class Snapshot:
     last_instant: int
     scratch_used: int | None
     disks: Mapping[str, DiskStatus]
+    read_ahead: int  # bytes; what the kernel asks for at a time
     control: str
     log: str
 
@@ -217,6 +219,11 @@ def render_table(status: Mapping[str, Any], console: Console) -> None:
         console.print(table)
     for name, why in status["why"].items():
         say(f"{name}: {why}")
+    if 0 < status["read_ahead"] < READ_AHEAD:
+        say(
+            f"read-ahead: {size_text(status['read_ahead'])}; sequential reads are faster with"
+            f" {size_text(READ_AHEAD)}, see README"
+        )
     for target, disk in status["disks"].items():
         if disk["why_no_extents"]:
             say(f"{target}: holes are read like data: {disk['why_no_extents']}")

@@ -263,7 +263,7 @@ class PointImage:
 
     async def open_file(self, pid: int) -> OpenFile:
         _check_point(self.tree, self.point)
-        return OpenImage(self.image, self.tree.job.lease(self.point, pid))
+        return OpenImage(self.image, self.tree.job.lease(self.point, pid), self.tree.job.options.direct_io)
 
 
 @dataclass(frozen=True, slots=True)

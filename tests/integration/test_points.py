@@ -325,3 +325,26 @@ def test_status_speaks_to_people_and_to_programs(marked_guest: Guest, mount: Mou
     assert "begins" in (mounted.path / ".backupfs/log").read_text()
     assert mounted.command("release").stdout == "released\n"
     mounted.unmount()
+
+
+def test_root_has_the_kernel_read_a_megabyte_ahead(marked_guest: Guest, mount: Mounter) -> None:
+    mounted = mount(marked_guest)
+    os.listdir(mounted.path)
+    device = os.stat(mounted.path).st_dev
+    kernel = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    assert int(kernel.read_text()) == 1024
+    assert mounted.status()["read_ahead"] == MIB
+    assert "read-ahead" not in mounted.command("status").stdout
+    kernel.write_text("128")
+    mounted.unmount()
+
+
+def test_direct_io_asks_again_each_time_and_reads_the_same(marked_guest: Guest, mount: Mounter) -> None:
+    mark(marked_guest, "D")
+    mounted = mount(marked_guest, "direct_io")
+    want = b"D" * 8 * MIB + bytes(8 * MIB)
+    assert mounted.image.read_bytes() == want
+    once = mounted.status()["disks"]["vda"]["read"]
+    assert mounted.image.read_bytes() == want
+    assert mounted.status()["disks"]["vda"]["read"] >= once + 8 * MIB
+    mounted.unmount()

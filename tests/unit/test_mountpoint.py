@@ -55,3 +55,16 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(MissingDependency, match="install the package fuse3"):
         mountpoint.check_tools()
+
+
+@pytest.mark.parametrize(("before", "after"), [("128", "1024"), ("4096", "4096")])
+def test_read_ahead_is_raised_and_never_lowered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str, after: str
+) -> None:
+    monkeypatch.setattr(mountpoint, "BDI", str(tmp_path))
+    (tmp_path / "0:47").mkdir()
+    told = tmp_path / "0:47/read_ahead_kb"
+    told.write_text(before)
+    assert mountpoint.raise_read_ahead("0:47") == int(after) * 1024
+    assert told.read_text() == after
+    assert mountpoint.raise_read_ahead("0:48") == 0

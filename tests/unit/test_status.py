@@ -29,7 +29,7 @@ SNAPSHOT = Snapshot(
     version="1", pid=7, mount_point="/mnt", domain='we"b\n1', uuid="u", uri="qemu:///system", source="live",
     state="running", instant=1700000000, age=75.0, point="j", socket="/s", why={"sda": "a cdrom; nothing"},
     open_files=2, holders=(5,), unused_for=3.0, idle=900.0, idle_max=43200.0, last_instant=1700000000,
-    scratch_used=2**21, disks={"vda": DISK}, control="/c", log="syslog",
+    scratch_used=2**21, disks={"vda": DISK}, read_ahead=131072, control="/c", log="syslog",
 )  # fmt: skip
 
 
