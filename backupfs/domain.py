@@ -70,6 +70,10 @@ _OPERATIONS: Final = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
 }
 
+_SHUTDOWNS: Final = {
+    libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST: "shut down by its guest",
+    libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST: "shut down from the host",
+}
 _ENDS: Final = {
     libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: "shut down",
     libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: "destroyed",
@@ -361,7 +365,7 @@ class Domain:
             if event == libvirt.VIR_DOMAIN_EVENT_SHUTDOWN:
                 # The guest has powered itself off; with a job running, libvirt and QEMU would
                 # wait in "in shutdown" for as long as the job lasts (measured, libvirt 9.0).
-                hand_over(self._tell, Happening(Kind.STOPPED, "shut down by its guest"))
+                hand_over(self._tell, Happening(Kind.STOPPED, _SHUTDOWNS.get(detail, "shut down")))
             if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
                 hand_over(self._tell, Happening(Kind.STOPPED, _ENDS.get(detail, "stopped")))
 

@@ -23,6 +23,7 @@ class BackupfsError(Exception):
 
     errno: ClassVar[int] = errno.EIO
     exit_status: ClassVar[int] = 1
+    told = False  # set on an error that stands in the log already; no field
 
     def __str__(self) -> str:
         raise NotImplementedError  # every cause has its own sentence
@@ -126,18 +127,6 @@ class NoSuchDomain(BackupfsError):
 
     def __str__(self) -> str:
         return f"no domain with the name or UUID {self.source!r} at {self.uri}: see `virsh -c {self.uri} list --all`"
-
-
-@dataclass(eq=False)
-class NoSuchCheckpoint(BackupfsError):
-    """The checkpoint has been deleted."""
-
-    errno: ClassVar[int] = errno.ENOENT
-    domain: str
-    checkpoint: str
-
-    def __str__(self) -> str:
-        return f"{self.domain}: no checkpoint {self.checkpoint!r}"
 
 
 @dataclass(eq=False)

@@ -284,6 +284,7 @@ class Job:
         self._error = error
         if str(error) != self.refusal:  # once a cause, not once a look
             log.warning("no point in time: %s", error)
+        error.told = True
         self.refusal = str(error)
         self._fire(Event.REFUSED)
 

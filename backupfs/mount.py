@@ -27,7 +27,7 @@ import trio
 from backupfs import mountpoint
 from backupfs.control import open_control
 from backupfs.domain import Domain, open_domain
-from backupfs.errors import MountPointError
+from backupfs.errors import LibvirtRefused, MountPointError
 from backupfs.job import Job, open_job
 from backupfs.logs import RingLog
 from backupfs.operations import Operations
@@ -61,6 +61,8 @@ async def serve(source: str, mount_point: str, options: Options, ring: RingLog, 
 
 async def _check_domain(domain: Domain, state: State, options: Options, path: str) -> None:
     """See what would go wrong at the first look, while somebody still reads the answer."""
+    if not domain.is_local:
+        raise LibvirtRefused(domain.name, "mount it", f"{domain.uri} is another host; mount it there")
     if options.scratch is not None:
         mountpoint.check_overlap(path, [options.scratch])
     if state.job is not None:

@@ -86,8 +86,8 @@ class Operations(pyfuse3.Operations):
 
     def tell(self, error: BackupfsError) -> None:
         """Log what a reader met: each sentence once, for a reader asks a thousand times."""
-        if isinstance(error, NoSuchFile | ReadOnly | PointOver | PointLost):
-            return  # the first two are answers; the others were told when it happened
+        if error.told or isinstance(error, NoSuchFile | ReadOnly | PointOver | PointLost):
+            return  # told when it happened, or an answer like any other
         sentence = str(error)
         if sentence in self._told:
             log.debug("%s", sentence)

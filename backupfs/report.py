@@ -108,7 +108,6 @@ class Reporter:
             extents=len(export.extents),
             why_no_extents=export.why_no_extents,
             scratch=point.scratches[target],
-            scratch_used=None,
             scratch_free=_free(os.path.dirname(point.scratches[target])) if self.job.domain.is_local else None,
         )
 

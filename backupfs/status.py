@@ -42,7 +42,6 @@ class DiskStatus:
     extents: int
     why_no_extents: str | None
     scratch: str
-    scratch_used: int | None
     scratch_free: int | None
 
 

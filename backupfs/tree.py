@@ -78,8 +78,11 @@ class Tree:
     checkpoints: Fresh[dict[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.xml = Fresh(self.job.domain.live_xml)
+        self.xml = Fresh(self._shown_xml)
         self.checkpoints = Fresh(self._list_checkpoints)
+
+    async def _shown_xml(self) -> str:
+        return domainxml.strip_secrets(await self.job.domain.live_xml())
 
     async def _list_checkpoints(self) -> dict[str, str]:
         listed = await self.job.domain.checkpoints()
@@ -143,8 +146,7 @@ class LiveXml:
         return self.tree.xattrs()
 
     async def open_file(self, pid: int) -> OpenFile:
-        xml = await self.tree.job.domain.live_xml()
-        return OpenBytes(domainxml.strip_secrets(xml).encode(), direct=True)
+        return OpenBytes((await self.tree.xml.get()).encode(), direct=True)
 
 
 @dataclass(frozen=True, slots=True)

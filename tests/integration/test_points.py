@@ -60,6 +60,7 @@ def test_only_a_look_inside_raw_begins_a_point(marked_guest: Guest, mount: Mount
     subprocess.run(["ls", "-la", mounted.path], check=True, capture_output=True)
     subprocess.run(["stat", mounted.raw], check=True, capture_output=True)
     assert "<domain" in (mounted.path / "domain.xml").read_text()
+    assert len((mounted.path / "domain.xml").read_bytes()) == (mounted.path / "domain.xml").stat().st_size
     assert os.listdir(mounted.path / "checkpoints") == []
     assert sorted(os.listdir(mounted.path)) == ["checkpoints", "domain.xml", "raw"]
     assert mounted.status()["state"] == "idle"
