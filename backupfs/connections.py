@@ -23,7 +23,8 @@ import trio
 
 from backupfs.errors import BackupfsError, NbdTimeout, NbdUnavailable
 from backupfs.extents import ExtentMap, uniform
-from backupfs.nbdclient import Address, Connection, Request
+from backupfs.nbdclient import Address, Connection
+from backupfs.request import Request
 
 log = logging.getLogger("backupfs.connections")
 

@@ -23,7 +23,7 @@ stopped waiting for it; a request is done only when libnbd has let go of the buf
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import logging
 import math
 import os
@@ -47,6 +47,7 @@ from backupfs.errors import (
     NbdUnavailable,
 )
 from backupfs.extents import LARGEST, ExtentMap, uniform
+from backupfs.request import Patience, Request
 
 try:
     import nbd  # type: ignore[import-not-found, unused-ignore]  # the distribution's, without types
@@ -72,7 +73,7 @@ class Handle(Protocol):
     def get_block_size(self, which: int, /) -> int: ...
     def aio_connect_unix(self, path: str, /) -> None: ...
     def aio_disconnect(self, flags: int, /) -> None: ...
-    def aio_pread(self, buffer: Any, offset: int, /) -> int: ...
+    def aio_pread(self, buffer: Any, offset: int, completion: Callable[[Any], int], /) -> int: ...
     def aio_block_status(self, count: int, offset: int, extent: Callable[..., int], /) -> int: ...
     def aio_get_fd(self) -> int: ...
     def aio_get_direction(self) -> int: ...
@@ -81,7 +82,6 @@ class Handle(Protocol):
     def aio_is_ready(self) -> bool: ...
     def aio_is_dead(self) -> bool: ...
     def aio_is_closed(self) -> bool: ...
-    def aio_peek_command_completed(self) -> int: ...
     def aio_command_completed(self, cookie: int, /) -> bool: ...
 
 
@@ -95,75 +95,6 @@ class Address:
     def connect(self, handle: Handle) -> None:
         """Begin to connect."""
         handle.aio_connect_unix(self.socket)
-
-
-class Request:
-    """One read, filling *buffer*; got from and waited for in the trio thread."""
-
-    __slots__ = ("_event", "_waiting", "buffer", "done", "error", "length", "offset")
-
-    def __init__(self, offset: int, length: int, buffer: bytearray | memoryview) -> None:
-        self.offset = offset
-        self.length = length
-        self.buffer = buffer
-        self.done = False
-        self.error: BackupfsError | None = None
-        self._waiting = False
-        self._event: trio.Event | None = None
-
-    async def wait(self) -> None:
-        """Wait until the buffer is full; raise what went wrong. May be waited for by several."""
-        if not self.done:
-            if self._event is None:
-                self._event = trio.Event()
-            # In this order, and the thread does it the other way round: no wake-up is lost.
-            self._waiting = True
-            if not self.done:
-                await self._event.wait()
-        if self.error is not None:
-            raise dataclasses.replace(self.error)  # one that is raised twice would keep all frames
-
-    def fail(self, error: BackupfsError) -> None:
-        """Mark it done without a connection; called in the trio thread, before anybody waits."""
-        self.error = error
-        self.done = True
-
-    def finish(self, token: trio.lowlevel.TrioToken, error: BackupfsError | None) -> None:
-        """Mark it done; called by the connection's thread."""
-        self.error = error
-        self.done = True
-        if self._waiting and self._event is not None:
-            with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(self._event.set)
-
-
-class Patience:
-    """How long the server may leave us without an answer.
-
-    Only time that was spent in waiting counts, and no more of it than was asked for: a process
-    that was stopped for an hour itself finds the answer in its socket.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._spent = 0.0
-        self._heard = True
-
-    def renew(self) -> None:
-        self._spent = 0.0
-
-    @property
-    def left(self) -> float:
-        return max(0.0, self.seconds - self._spent)
-
-    def spend(self, seconds: float, heard: bool) -> None:
-        self._spent += min(seconds, self.seconds)
-        self._heard = heard
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it was silent for too long, or went on for twice as long without coming to an end."""
-        return self._spent >= self.seconds and (not self._heard or self._spent >= 2 * self.seconds)
 
 
 class Connection:
@@ -188,6 +119,7 @@ class Connection:
         self._want_extents = want_extents
         self._token = trio.lowlevel.current_trio_token()
         self._queue: deque[Request] = deque()
+        self._answered: list[tuple[Request, int]] = []  # with the error number, or 0
         self._sleeping = False
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -227,17 +159,17 @@ class Connection:
     # --- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        in_flight: dict[int, Request] = {}
+        in_flight: dict[Request, int] = {}
         error = self._live(in_flight)
         # The handle is gone, and with it libnbd's hold on the buffers: only now are the requests
         # done. The error stands before anybody wakes up and looks for the broken connection.
         self.error = error
         self._opening.finish(self._token, error)
-        for request in in_flight.values():
+        for request in in_flight:
             request.finish(self._token, error)
         self._fail_queued(error)
 
-    def _live(self, in_flight: dict[int, Request]) -> BackupfsError:
+    def _live(self, in_flight: dict[Request, int]) -> BackupfsError:
         """Connect and serve until closed or broken; return why it ended, with no handle left."""
         error: BackupfsError
         try:
@@ -298,42 +230,25 @@ class Connection:
         """Let libnbd work until *is_done*; raise NbdTimeout if that takes longer than the time-out."""
         patience = Patience(self.timeout)
         while not is_done():
-            self._raise_if_over(handle)
+            self._watch(handle)
             if self._closing:
                 raise self._unavailable("closed")
             if patience.is_over:
                 raise NbdTimeout(self.address.export, what, self.timeout)
             self._poll(handle, patience)
 
-    def _raise_if_over(self, handle: Handle) -> None:
+    def _watch(self, handle: Handle) -> None:
+        """See what libnbd waits for; raise if it waits no more."""
+        # In this order: a dead handle's descriptor may be somebody else's by now.
         if handle.aio_is_dead() or handle.aio_is_closed():
             raise self._unavailable("the server closed the connection")
-
-    def _poll(self, handle: Handle, patience: Patience | None, *, has_room: bool = False) -> None:
-        """Wait for the server, or for a ring if there *has_room* for a request; let libnbd do what it can."""
         direction = handle.aio_get_direction()
-        self._watch(
-            handle.aio_get_fd(),
-            (select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0)
-            | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0),
+        fd = handle.aio_get_fd()
+        events = (
+            select.POLLRDHUP
+            | (select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0)
+            | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
         )
-        milliseconds = -1 if patience is None else math.ceil(patience.left * 1000)
-        begun = time.monotonic()
-        self._sleeping = has_room
-        # A request that came before the flag was seen has rung nobody.
-        ready = dict(self._poller.poll(0 if has_room and self._queue else milliseconds))
-        self._sleeping = False
-        if ready.pop(self._wake, 0):
-            os.eventfd_read(self._wake)
-        if patience is not None:
-            patience.spend(time.monotonic() - begun, bool(ready))
-        for event in ready.values():
-            if direction & nbd.AIO_DIRECTION_READ and event & ~select.POLLOUT:
-                handle.aio_notify_read()
-            else:
-                handle.aio_notify_write()
-
-    def _watch(self, fd: int, events: int) -> None:
         if self._polled != (fd, events):
             self._unwatch()
             self._poller.register(fd, events)
@@ -344,56 +259,100 @@ class Connection:
             self._poller.unregister(self._polled[0])
             self._polled = None
 
+    def _poll(self, handle: Handle, patience: Patience | None, *, has_room: bool = False) -> bool:
+        """Wait for the server, or for a ring if there *has_room* for a request; let libnbd do what it can.
+
+        Return whether there is more to see than bytes that were read.
+        """
+        milliseconds = -1 if patience is None else math.ceil(patience.left * 1000)
+        begun = time.monotonic()
+        self._sleeping = has_room
+        # A request that came before the flag was seen has rung nobody.
+        ready = self._poller.poll(0 if has_room and self._queue else milliseconds)
+        self._sleeping = False
+        seen = 0
+        for fd, event in ready:
+            if fd == self._wake:
+                os.eventfd_read(fd)
+            else:
+                seen = event
+        if patience is not None:
+            patience.spend(time.monotonic() - begun, bool(seen))
+        if seen & ~select.POLLOUT:
+            handle.aio_notify_read()
+        elif seen:
+            handle.aio_notify_write()
+        return bool(seen & ~select.POLLIN)
+
     # --- reads -------------------------------------------------------------------------------
 
-    def _serve(self, handle: Handle, in_flight: dict[int, Request]) -> None:
-        """Send what is queued and hand out what is answered, until closed."""
+    def _serve(self, handle: Handle, in_flight: dict[Request, int]) -> None:
+        """Send what is queued and hand out what is answered, until closed.
+
+        A megabyte comes in six pieces, and each call of libnbd's lets another thread have the
+        interpreter and then waits for its turn again. So no more than two are made for a piece
+        that does not end an answer: poll, and read. What else there is to see (who closed,
+        what waits to be sent) changes only when something was sent, was answered, which death
+        does to all that is in flight, or when poll says so.
+        """
         patience = Patience(self.timeout)
+        look = True
         while not self._closing:
-            if not in_flight:
-                patience.renew()
             while self._queue and len(in_flight) < IN_FLIGHT:
                 self._send(handle, self._queue.popleft(), in_flight)
-            self._poll(handle, patience if in_flight else None, has_room=len(in_flight) < IN_FLIGHT)
-            if self._hand_out(handle, in_flight):
+                look = True
+            if look or not in_flight:
+                self._watch(handle)
+            if not in_flight:
                 patience.renew()
-            self._raise_if_over(handle)
+            look = self._poll(handle, patience if in_flight else None, has_room=len(in_flight) < IN_FLIGHT)
+            if self._answered:
+                self._hand_out(handle, in_flight)
+                patience.renew()
+                look = True
             if in_flight and patience.is_over:
                 raise NbdTimeout(self.address.export, f"{len(in_flight)} reads are waiting", self.timeout)
         if not in_flight:
             with contextlib.suppress(nbd.Error):
                 handle.aio_disconnect(0)
 
-    def _send(self, handle: Handle, request: Request, in_flight: dict[int, Request]) -> None:
+    def _send(self, handle: Handle, request: Request, in_flight: dict[Request, int]) -> None:
         try:
-            cookie = handle.aio_pread(nbd.Buffer.from_buffer(request.buffer), request.offset)
+            in_flight[request] = handle.aio_pread(
+                nbd.Buffer.from_buffer(request.buffer), request.offset, functools.partial(self._note, request)
+            )
         except nbd.Error as error:
             if handle.aio_is_dead() or handle.aio_is_closed():
                 self._queue.appendleft(request)  # fails with the connection, not for itself
                 raise
             request.finish(self._token, self._read_failed(request, error))
-        else:
-            in_flight[cookie] = request
 
-    def _hand_out(self, handle: Handle, in_flight: dict[int, Request]) -> bool:
-        """Finish the requests that were answered; return whether there was any."""
-        answered = False
-        while in_flight and (cookie := handle.aio_peek_command_completed()) > 0:
-            try:
-                handle.aio_command_completed(cookie)
-            except nbd.Error as error:
-                # ESHUTDOWN: the export is being taken away, which is no word about these bytes.
-                if handle.aio_is_dead() or handle.aio_is_closed() or error.errno == "ESHUTDOWN":
-                    raise self._unavailable(str(error)) from error
-                request = in_flight.pop(cookie)
-                request.finish(self._token, self._read_failed(request, error))
+    def _note(self, request: Request, error: Any) -> int:
+        """Note an answer; libnbd calls this in the middle of its work. Return 1 if that is all about it."""
+        self._answered.append((request, error.value))
+        return 0 if error.value else 1
+
+    def _hand_out(self, handle: Handle, in_flight: dict[Request, int]) -> None:
+        """Finish the requests that were answered."""
+        answered, self._answered = self._answered, []
+        for request, number in answered:
+            if number:
+                self._hand_out_error(handle, request, in_flight)
             else:
-                request = in_flight.pop(cookie)
+                del in_flight[request]
                 self.requests += 1
                 self.bytes += request.length
                 request.finish(self._token, None)
-            answered = True
-        return answered
+
+    def _hand_out_error(self, handle: Handle, request: Request, in_flight: dict[Request, int]) -> None:
+        try:
+            handle.aio_command_completed(in_flight[request])
+        except nbd.Error as error:
+            # ESHUTDOWN: the export is being taken away, which is no word about these bytes.
+            if handle.aio_is_dead() or handle.aio_is_closed() or error.errno == "ESHUTDOWN":
+                raise self._unavailable(str(error)) from error
+            del in_flight[request]
+            request.finish(self._token, self._read_failed(request, error))
 
     def _read_failed(self, request: Request, error: Any) -> NbdReadFailed:
         return NbdReadFailed(self.address.export, request.offset, request.length, str(error))

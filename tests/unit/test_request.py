@@ -6,7 +6,7 @@ import trio
 import trio.testing
 
 from backupfs.errors import NbdReadFailed, NbdUnavailable
-from backupfs.nbdclient import Patience, Request
+from backupfs.request import Patience, Request
 
 
 def test_patience_ends_with_silence() -> None:
