@@ -33,9 +33,10 @@ from typing import Final
 
 import trio
 
-from backupfs.domain import Domain, Happening, Kind
+from backupfs.domain import Domain
 from backupfs.domainxml import Reason, parse_backup
 from backupfs.errors import BackupfsError, NotBegun, PointLost, PointOver
+from backupfs.link import Happening, Kind
 from backupfs.options import Options
 from backupfs.point import Point, open_point
 from backupfs.state import State

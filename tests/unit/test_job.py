@@ -14,9 +14,9 @@ import trio
 import trio.testing
 
 from backupfs import job as job_module
-from backupfs.domain import Happening, Kind
 from backupfs.errors import DomainNotRunning, NotBegun, PointLost, PointOver
 from backupfs.job import QUIET_SECONDS, TRANSITIONS, Event, Job, JobState, open_job
+from backupfs.link import Happening, Kind
 from backupfs.options import Options
 from backupfs.point import Point
 
