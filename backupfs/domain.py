@@ -7,20 +7,30 @@ How a call reaches libvirt, and what becomes of it when libvirt is away, is in `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import enum
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import trio
 
 from backupfs import domainxml
-from backupfs.errors import LibvirtUnavailable, MissingDependency, NoSuchDomain
-from backupfs.link import Connection, Happening, Link, connect_to, refusal, start_event_loop
+from backupfs.errors import (
+    AgentRefused,
+    AgentUnavailable,
+    DomainNotRunning,
+    LibvirtUnavailable,
+    MissingDependency,
+    NoSuchDomain,
+)
+from backupfs.link import Connection, Happening, Link, connect_to, refusal, sentence, start_event_loop
 
 try:
     import libvirt  # type: ignore[import-untyped, unused-ignore]  # no stubs exist
 except ImportError as error:  # pragma: no cover - proven in a bare tree, not here
     raise MissingDependency("libvirt's Python module", "python3-libvirt") from error
+
+T = TypeVar("T")
 
 _STATES: Final = {
     libvirt.VIR_DOMAIN_NOSTATE: "in no state",
@@ -42,6 +52,13 @@ _OPERATIONS: Final = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
     libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
 }
+
+
+class AgentState(enum.Enum):
+    """What the guest agent is like when it answers."""
+
+    READY = "ready"
+    FROZEN = "frozen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +147,71 @@ class Domain(Link):
             return JobStatistics(operation, found.get("disk_temp_used"), found.get("disk_temp_total"))
 
         return cast("JobStatistics | None", await self._ask("ask for the running job", ask))
+
+    # --- the guest agent ---------------------------------------------------------------------
+
+    async def agent_state(self) -> AgentState:
+        """Ask the guest agent for a sign of life; raise AgentUnavailable."""
+
+        def ask(d: Any) -> AgentState:
+            try:
+                self._agent(lambda d: d.getTime())(d)  # of what can be asked through libvirt, the least
+            except AgentRefused as error:
+                return AgentState.FROZEN if error.frozen else AgentState.READY
+            return AgentState.READY
+
+        return await self._ask("ask the guest agent", ask)
+
+    async def mount_points(self) -> frozenset[str]:
+        """Return where the guest has something mounted, as its agent says."""
+        found = await self._ask(
+            "ask the guest agent for its mounts", self._agent(lambda d: [entry[0] for entry in d.fsInfo()])
+        )
+        return frozenset(found)
+
+    async def set_agent_timeout(self, seconds: int | None) -> None:
+        """Have libvirt wait so long, and no longer, for what the agent is told; None: its default."""
+        value = libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_DEFAULT if seconds is None else seconds
+        await self._ask("set the guest agent's time-out", lambda d: d.agentSetResponseTimeout(value, 0))
+
+    async def freeze(self, mounts: tuple[str, ...]) -> int:
+        """Freeze the guest's file systems at *mounts*, all if empty; return how many are.
+
+        Raises AgentRefused if the agent says no (none is frozen then), AgentUnavailable and others
+        where nobody knows.
+        """
+        action = "freeze the file systems"
+        return await self._do(action, self._agent(lambda d: cast(int, d.fsFreeze(list(mounts) or None, 0))))
+
+    async def thaw(self) -> int:
+        """Thaw all of the guest's file systems; the agent cannot thaw some."""
+        return await self._do("thaw the file systems", self._agent(lambda d: cast(int, d.fsThaw(None, 0))))
+
+    def _agent(self, what: Callable[[Any], T]) -> Callable[[Any], T]:
+        """Wrap a call that goes on to the guest agent, so that what it says and libvirt says can be told apart."""
+
+        def call(d: Any) -> T:
+            try:
+                return what(d)
+            except libvirt.libvirtError as error:
+                code, action = error.get_error_code(), "reach the guest agent"
+                if code == libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED:
+                    raise AgentUnavailable(self.name, action, sentence(error), configured=False) from error
+                if code == libvirt.VIR_ERR_AGENT_UNRESPONSIVE:
+                    raise AgentUnavailable(self.name, action, sentence(error)) from error
+                if code == libvirt.VIR_ERR_OPERATION_INVALID and d.isActive():
+                    raise AgentUnavailable(self.name, action, "the guest is paused", configured=False) from error
+                if code == libvirt.VIR_ERR_OPERATION_INVALID:
+                    raise DomainNotRunning(self.name, "shut off") from error
+                if code == libvirt.VIR_ERR_INTERNAL_ERROR and error.get_error_domain() == libvirt.VIR_FROM_QEMU:
+                    # Only the agent's words tell why: "Command … has been disabled: the agent is in frozen state".
+                    reason = sentence(error)
+                    raise AgentRefused(
+                        self.name, "have it done by the guest agent", reason, "frozen" in reason
+                    ) from error
+                raise
+
+        return call
 
     # --- deeds -------------------------------------------------------------------------------
 

@@ -117,6 +117,20 @@ class AccessRefused(LibvirtRefused):
 
 
 @dataclass(eq=False)
+class AgentUnavailable(LibvirtRefused):
+    """The guest agent cannot be asked, or has not answered; *configured*: the domain has its channel."""
+
+    configured: bool = True
+
+
+@dataclass(eq=False)
+class AgentRefused(LibvirtRefused):
+    """The guest agent answered, with a refusal; *frozen*: because somebody has frozen the guest."""
+
+    frozen: bool = False
+
+
+@dataclass(eq=False)
 class NoSuchDomain(BackupfsError):
     """The domain is not known at the URI."""
 
@@ -204,6 +218,17 @@ class PointLost(BackupfsError):
 
     def __str__(self) -> str:
         return f"{self.domain}: the point in time is lost: {self.reason}"
+
+
+@dataclass(eq=False)
+class NotQuiesced(BackupfsError):
+    """The point was to begin with the guest's file systems frozen, and they cannot be."""
+
+    domain: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: no freeze, which quiesce= requires: {self.reason}; quiesce=auto goes on without"
 
 
 @dataclass(eq=False)

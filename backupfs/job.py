@@ -127,6 +127,7 @@ class Job:
     _changed: trio.Event = field(default_factory=trio.Event)
     _released: trio.Event = field(default_factory=trio.Event)
     _error: BackupfsError | None = None
+    _unquiesced: str | None = None
     _closing: bool = False
 
     # --- what the tree asks ------------------------------------------------------------------
@@ -258,12 +259,14 @@ class Job:
                 self._fire(Event.BEGAN)
                 self._settled.set()
                 log.info(
-                    "%s: point in time %d begins (job %s, made in %.0f ms)",
+                    "%s: point in time %d begins (job %s, made in %.0f ms; %s)",
                     self.domain.name,
                     point.instant,
                     point.job_id,
                     point.took * 1000,
+                    point.quiesced,
                 )
+                self._tell_unquiesced(point)
                 await self._end_wanted.wait()
                 await trio.lowlevel.checkpoint()  # answers that are on their way belong to the point
         except BackupfsError as error:
@@ -277,6 +280,13 @@ class Job:
                 self._fire(Event.ENDED)
             self._settled.set()
             self._changed.set()
+
+    def _tell_unquiesced(self, point: Point) -> None:
+        """Warn of a point that was not quiesced though it was to be; once a cause."""
+        why = point.quiesced.why_not if point.quiesced.alarming else None
+        if why is not None and why != self._unquiesced:
+            log.warning("%s: the copy may need its journals replayed: %s", self.domain.name, why)
+        self._unquiesced = why
 
     def _refused(self, error: BackupfsError) -> None:
         if self.state is not JobState.STARTING:

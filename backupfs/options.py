@@ -31,6 +31,24 @@ NO_ID: Final = 2**32 - 1  # as a user or a group it means "none"
 
 
 @dataclass(frozen=True, slots=True)
+class Quiesce:
+    """What `quiesce=` asks for: `mode` is auto, require or no; `mounts`: only these file systems."""
+
+    mode: str = "auto"
+    mounts: tuple[str, ...] = ()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the guest shall be frozen if it can be."""
+        return self.mode != "no"
+
+    @property
+    def is_required(self) -> bool:
+        """Whether nothing shall begin without."""
+        return self.mode == "require"
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """What one mount was asked to do; times in seconds, 0 meaning never."""
 
@@ -38,6 +56,7 @@ class Options:
     disks: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     begin: str = "look"
+    quiesce: Quiesce = field(default_factory=Quiesce)
     idle: float = 900.0
     idle_max: float = 12 * 3600.0
     scratch: str | None = None
@@ -125,6 +144,15 @@ def _begin(text: str) -> str:
     return text
 
 
+def _quiesce(text: str) -> Quiesce:
+    if text in ("auto", "require", "no"):
+        return Quiesce(text)
+    mounts = tuple(dict.fromkeys(path.rstrip("/") or "/" for path in text.split(":")))
+    if not all(path.startswith("/") and path.isprintable() for path in text.split(":")):
+        raise ValueError("is neither auto, require, no, nor a list of the guest's mount points, like /srv:/home")
+    return Quiesce("require", mounts)
+
+
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(re.split(r"[:,]", text)))
     if not all(names):
@@ -172,6 +200,14 @@ OPTIONS: Final = (
         "what begins a point in time: the first look inside raw/, or only `backupfs begin`",
         "look",
         _begin,
+    ),
+    Word(
+        "quiesce",
+        "auto|require|no|DIR[:DIR...]",
+        "freeze the guest's file systems while a point in time begins: if its agent answers, or else begin none, "
+        "or never; a list: only those at these mount points, or else begin none",
+        "auto",
+        _quiesce,
     ),
     Word("idle", "TIME", "end a point in time that nobody has used for so long; 0: never", "15m", _seconds),
     Word(

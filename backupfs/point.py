@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One point in time: a backup job, its exports, and what a restore needs besides the disks.
 
-    survey ─► clear left-overs ─► nvram ─► backupBegin ─► connect NBD ─► extent maps ─► label ─► serve
-                                               │
-                  close NBD ◄── end ───────────┘     in reverse, whatever happened on the way:
+    clear left-overs ─► survey ─► probe the agent ─► nvram ─► record
+      ─► freeze ─► backupBegin ─► thaw ─► connect NBD ─► extent maps ─► label ─► serve
+                        │
+                        └─► end: close NBD                        in reverse, whatever happened on the way:
                       └─► abort the job ─► wait until libvirt has ended it ─► remove socket and scratch
 
 Law: the job's record is on disk before the job begins and goes only after the job is gone, so
@@ -41,6 +42,7 @@ from backupfs.export import Export, open_export
 from backupfs.image import RawImage
 from backupfs.nbdclient import Address
 from backupfs.options import Options
+from backupfs.quiesce import Quiesced, open_freezer, thaw_left_over
 from backupfs.state import JobRecord, State, next_instant
 
 log = logging.getLogger("backupfs.point")
@@ -80,6 +82,7 @@ class Point:
     exports: Mapping[str, Export]
     scratches: Mapping[str, str]
     left_out: Mapping[str, domainxml.Reason]
+    quiesced: Quiesced = field(default_factory=Quiesced)
     over: bool = False
     lost: str | None = field(default=None)
 
@@ -105,6 +108,8 @@ async def clear_left_over(domain: Domain, state: State) -> None:
     ForeignJob where another program's job runs.
     """
     record = state.job
+    if record is not None:
+        await thaw_left_over(domain, state, record)  # first: a frozen guest is a stopped one
     xml = await domain.backup_xml()
     running = domainxml.parse_backup(xml).socket if xml is not None else None
     if xml is not None and (record is None or running != record.socket):
@@ -128,7 +133,7 @@ async def open_point(
     """Begin a point in time and serve it; end its job on the way out.
 
     *on_lost* is called, in the trio thread, with the reason when the exports are found dead.
-    Raises DomainNotRunning, ForeignJob, DiskUnusable, LibvirtRefused and what NBD can raise.
+    Raises DomainNotRunning, ForeignJob, DiskUnusable, NotQuiesced, LibvirtRefused and what NBD can raise.
     """
     started = trio.current_time()
     if not await domain.is_alive():
@@ -153,14 +158,14 @@ async def open_point(
         domain_id=seen.domain.id,
         began=time.time(),
     )
-    nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
-    restore_xml = await domain.restore_xml()
-    state.record_job(record)
+    backup_xml = domainxml.render_backup(seen.disks, seen.selection.taking, socket=socket, scratches=scratches)
     async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(_end_job, domain, state, record)
-        await domain.begin_backup(
-            domainxml.render_backup(seen.disks, seen.selection.taking, socket=socket, scratches=scratches)
-        )
+        async with open_freezer(domain, state, options.quiesce) as freezer:
+            nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
+            restore_xml = await domain.restore_xml()
+            state.record_job(record)
+            stack.push_async_callback(_end_job, domain, state, record)
+            quiesced = await freezer.begin(lambda: domain.begin_backup(backup_xml))
         began = time.time()
         nvram, nvram_reason = await _settle_nvram(domain, seen.domain.nvram, nvram, nvram_reason)
 
@@ -196,6 +201,7 @@ async def open_point(
             exports=exports,
             scratches=scratches,
             left_out=left_out,
+            quiesced=quiesced,
         )
 
 
@@ -238,6 +244,9 @@ async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) 
 
 async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
     """End our job, wait until libvirt says that it is gone, and remove what it left."""
+    if state.job is not None:
+        with trio.CancelScope(shield=True):
+            await thaw_left_over(domain, state, state.job)  # again, if it failed after the begin
     try:
         with trio.fail_after(END_SECONDS) as scope:
             scope.shield = True

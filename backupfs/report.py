@@ -79,6 +79,9 @@ class Reporter:
             idle=job.options.idle,
             idle_max=job.options.idle_max,
             last_instant=job.record.last_instant,
+            quiesced=point.quiesced.is_sure if point else None,
+            frozen_ms=None if point is None or point.quiesced.frozen is None else point.quiesced.frozen * 1000,
+            frozen_filesystems=point.quiesced.filesystems if point else None,
             scratch_used=self._scratch_used,
             disks={target: self._disk(point, target) for target in point.exports} if point else {},
             read_ahead=self.read_ahead,
@@ -89,6 +92,8 @@ class Reporter:
     def _why(self, point: Point | None) -> dict[str, str]:
         job = self.job
         why = {name: f"{reason.text}; {reason.cure}" for name, reason in job.left_out.items()}
+        if point is not None and point.quiesced.why_not is not None:
+            why["quiesce"] = point.quiesced.why_not
         if job.lost is not None:
             why["point"] = f"lost: {job.lost}"
         elif job.refusal is not None and point is None:

@@ -49,6 +49,7 @@ class JobRecord:
     scratches: tuple[str, ...]
     domain_id: int
     began: float
+    frozen: bool = False  # the guest's file systems may be frozen, by us
 
 
 def state_folder() -> Path:
@@ -178,6 +179,7 @@ def _parse_instant(contents: bytes) -> int | None:
 def _parse_job(contents: bytes) -> JobRecord | None:
     """Return the record; None if it is not whole, or of a version that had other fields."""
     value = _parse(contents) or {}
+    frozen = value.get("frozen", False)  # a record of version 0.1 says nothing of it
     match value:
         case {
             "job_id": str(job_id),
@@ -185,8 +187,8 @@ def _parse_job(contents: bytes) -> JobRecord | None:
             "scratches": list(scratches),
             "domain_id": int(domain_id),
             "began": int() | float() as began,
-        } if job_id and all(isinstance(path, str) for path in scratches):
-            return JobRecord(job_id, socket, tuple(scratches), domain_id, float(began))
+        } if job_id and isinstance(frozen, bool) and all(isinstance(path, str) for path in scratches):
+            return JobRecord(job_id, socket, tuple(scratches), domain_id, float(began), frozen)
     return None
 
 

@@ -68,6 +68,9 @@ class Snapshot:
     idle: float
     idle_max: float
     last_instant: int
+    quiesced: bool | None  # whether the guest was frozen when the point in time began
+    frozen_ms: float | None
+    frozen_filesystems: int | None
     scratch_used: int | None
     disks: Mapping[str, DiskStatus]
     read_ahead: int  # bytes; what the kernel asks for at a time
@@ -121,6 +124,8 @@ def render_metrics(snapshot: Snapshot) -> bytes:
 
     states: list[Sample] = [({**own, "state": state}, int(state == snapshot.state)) for state in STATES]
     failed = int("point" in snapshot.why)
+    quiesced = None if snapshot.quiesced is None else int(snapshot.quiesced)
+    frozen = None if snapshot.frozen_ms is None else snapshot.frozen_ms / 1000
     build: list[Sample] = [({**own, "version": snapshot.version}, 1)]
     lines = [
         *_metric("build_info", "gauge", "The version that serves the mount.", build),
@@ -130,6 +135,8 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         *_metric("last_instant_seconds", "gauge", "The latest point in time's instant.", one(snapshot.last_instant)),
         *_metric("open_files", "gauge", "Open files of points in time.", one(snapshot.open_files)),
         *_metric("unused_seconds", "gauge", "Time since the last request.", one(snapshot.unused_for)),
+        *_metric("quiesced", "gauge", "1 if the guest was frozen when the point began.", one(quiesced)),
+        *_metric("frozen_seconds", "gauge", "For how long it was frozen.", one(frozen)),
         *_metric("scratch_used_bytes", "gauge", "Old blocks saved by QEMU.", one(snapshot.scratch_used)),
         *_metric("scratch_free_bytes", "gauge", "Room left where they are saved.", each("scratch_free")),
         *_metric("disk_size_bytes", "gauge", "The disk's size.", each("size")),
@@ -180,6 +187,16 @@ def _head(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "state", status["state"]
     if status["instant"] is not None:
         yield "instant", f"{instant_text(status['instant'])}, {duration_text(status['age'])} old"
+        if status["frozen_ms"] is not None:
+            yield (
+                "quiesced",
+                (
+                    f"{'yes' if status['quiesced'] else 'no'}; {status['frozen_filesystems']} file systems were frozen"
+                    f" for {status['frozen_ms']:.0f} ms"
+                ),
+            )
+        else:
+            yield "quiesced", "no"
         if status["idle"]:
             yield "ends", f"when unused for {duration_text(status['idle'])}"
     yield "open files", f"{status['open_files']}; last request {duration_text(status['unused_for'])} ago"

@@ -208,7 +208,14 @@ class PointFolder:
 
 
 def _instant(point: Point) -> dict[str, str]:
-    return {"instant": str(point.instant), "point": point.job_id}
+    told = {
+        "instant": str(point.instant),
+        "point": point.job_id,
+        "quiesced": "yes" if point.quiesced.is_sure else "no",
+    }
+    if point.quiesced.frozen is not None:
+        told["frozen"] = f"{point.quiesced.frozen * 1000:.0f}"  # ms
+    return told
 
 
 def _check_point(tree: Tree, point: Point) -> None:

@@ -32,6 +32,7 @@ from lab.libvirtd import Libvirt
 MIB = 2**20
 BOOT_SECONDS = 120.0
 COMMAND_SECONDS = 120.0
+AGENT_PORT = "org.qemu.guest_agent.0"
 
 _names = itertools.count(1)
 
@@ -114,6 +115,38 @@ class Guest:
         if int(status):
             raise CommandFailed(f"{command!r} in {self.name} ended with {int(status)}: {text}")
         return text.strip()
+
+    def start_agent(self, *words: str) -> None:
+        """Start the guest agent in a guest made with `agent=True`; return when libvirt sees it.
+
+        *words* are qemu-ga's own.
+        """
+        # No udev names the port. The state folder is not on a disk: it is written while they are frozen.
+        self.run(
+            f"qemu-ga -d -m virtio-serial -p $(port {AGENT_PORT}) -t /run -f /run/qemu-ga.pid -l /run/qemu-ga.log "
+            + " ".join(words)
+        )
+        self.wait_agent("connected")
+
+    def signal_agent(self, name: str) -> None:
+        """Send the guest agent a signal, in the guest."""
+        self.run(f"kill -{name} $(cat /run/qemu-ga.pid)")
+
+    def kill_agent(self) -> None:
+        """Kill the guest agent; return when it has let go of its port."""
+        # Nobody reaps it there, so it stays as a zombie.
+        self.run(
+            "p=$(cat /run/qemu-ga.pid); kill -KILL $p; "
+            "while grep -q '^State:.[^Z]' /proc/$p/status; do usleep 10000; done; rm /run/qemu-ga.pid"
+        )
+
+    def wait_agent(self, wanted: str, timeout: float = 30.0) -> None:
+        """Wait until libvirt says that the agent's channel is "connected" or "disconnected"."""
+        deadline = time.monotonic() + timeout
+        while f"name='{AGENT_PORT}' state='{wanted}'" not in self.libvirt.virsh("dumpxml", self.name):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the guest agent of {self.name} is not {wanted}")
+            time.sleep(0.02)  # by polling, as for the state
 
     def start_writer(self, folder: str = "/mnt") -> None:
         """Begin to write to *folder* in the guest without end."""
@@ -211,7 +244,7 @@ def domain_xml(
 ) -> str:
     """Write the definition of a guest that boots from the lab's kernel."""
     drawn = "".join(disk.xml(path) for disk, path in disks)
-    agent_xml = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>" if agent else ""
+    agent_xml = f"<channel type='unix'><target type='virtio' name='{AGENT_PORT}'/></channel>" if agent else ""
     return f"""<domain type='qemu'><name>{name}</name><uuid>{identity}</uuid>
 <memory unit='MiB'>160</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type>

@@ -61,6 +61,11 @@ class Libvirt:
             raise RuntimeError(f"virsh {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
+    @property
+    def pid(self) -> int:
+        """The daemon's process."""
+        return self._daemons[-1].pid
+
     def kill(self) -> None:
         """Kill the daemon as a crash would; the guests run on."""
         daemon = self._daemons[-1]

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backupfs.errors import UsageError
-from backupfs.options import IGNORED, KERNEL, MOST_CONNECTIONS, OPTIONS, Options, parse_options
+from backupfs.options import IGNORED, KERNEL, MOST_CONNECTIONS, OPTIONS, Options, Quiesce, parse_options
 
 anything = st.text(st.characters(codec=None), max_size=60)
 names = st.sampled_from([word.name for word in OPTIONS] + sorted(KERNEL) + list(IGNORED))
@@ -60,6 +60,8 @@ options = st.builds(
     disks=st.none() | disk_names.map(tuple),
     exclude=st.just(()) | disk_names.map(tuple),
     begin=st.sampled_from(["look", "command"]),
+    quiesce=st.sampled_from([Quiesce(mode) for mode in ("auto", "require", "no")])
+    | st.sampled_from([("/",), ("/srv", "/home"), ("/a,b\\", "/ä b")]).map(lambda mounts: Quiesce("require", mounts)),
     idle=st.integers(0, 10**4).map(float),
     idle_max=st.integers(10**4, 10**6).map(float),
     scratch=st.none() | st.sampled_from(["/s", "/a,b\\", "/ä b"]),
@@ -84,6 +86,7 @@ def written(value: Options, separator: str) -> list[str]:
     found += [
         f"{name}={separator.join(text)}" for name in ("disks", "exclude") if (text := getattr(value, name)) is not None
     ]
+    found += [f"quiesce={escape(':'.join(value.quiesce.mounts) or value.quiesce.mode)}"]
     found += [f"umask={value.umask:03o}"] if value.umask is not None else []
     return found + [name for name in ("allow_other", "debug") if getattr(value, name)]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from backupfs.errors import UsageError
-from backupfs.options import IGNORED, KERNEL, OPTIONS, Options, parse_options, render_option_help
+from backupfs.options import IGNORED, KERNEL, OPTIONS, Options, Quiesce, parse_options, render_option_help
 
 
 def test_no_options_are_the_defaults() -> None:
@@ -20,10 +20,11 @@ def test_no_options_are_the_defaults() -> None:
 def test_every_option_is_taken_and_has_an_effect() -> None:
     found = parse_options([
         "uri=qemu:///system,begin=command,idle=5m,idle-max=1d,scratch=/var/x/../y,connections=4,timeout=2.5",
-        "uid=nobody,gid=5,umask=027,allow_other,debug,disks=vda:vdb,exclude=vdc",
+        "quiesce=require,uid=nobody,gid=5,umask=027,allow_other,debug,disks=vda:vdb,exclude=vdc",
     ])  # fmt: skip
     assert found == Options(
-        uri="qemu:///system", begin="command", idle=300, idle_max=86400, scratch="/var/y", connections=4, timeout=2.5,
+        uri="qemu:///system", begin="command", quiesce=Quiesce("require"),
+        idle=300, idle_max=86400, scratch="/var/y", connections=4, timeout=2.5,
         uid=65534, gid=5, umask=0o27, allow_other=True, debug=True, disks=("vda", "vdb"), exclude=("vdc",),
     )  # fmt: skip
     assert (found.folder_mode, found.file_mode) == (0o550, 0o440)
@@ -35,6 +36,14 @@ def test_a_list_of_disks_goes_on_after_a_comma() -> None:
     assert parse_options(["disks=vda", "vdb"]).disks == ("vda", "vdb")
     with pytest.raises(UsageError, match="unknown option vdb"):
         parse_options(["disks=vda,debug,vdb"])
+
+
+def test_what_is_to_be_frozen() -> None:
+    assert parse_options("").quiesce == parse_options("quiesce=auto").quiesce == Quiesce("auto")
+    assert not parse_options("quiesce=no").quiesce.is_wanted
+    assert parse_options("quiesce=require").quiesce.is_required
+    assert parse_options("quiesce=/:/srv/:/srv:/a b").quiesce == Quiesce("require", ("/", "/srv", "/a b"))
+    assert parse_options("quiesce=///").quiesce.mounts == ("/",)
 
 
 def test_an_escaped_comma_belongs_to_the_value() -> None:
@@ -113,6 +122,10 @@ def test_a_point_may_not_be_lost_before_it_may_end() -> None:
         ("scratch=/\udc80", "libvirt's XML cannot hold"),
         ("connections=0", "from 1 to 16"),
         ("connections=x", "from 1 to 16"),
+        ("quiesce=yes", "is neither auto, require, no, nor a list"),
+        ("quiesce=", "is neither auto, require, no, nor a list"),
+        ("quiesce=/a:", "nor a list of the guest's mount points, like /srv:/home"),
+        ("quiesce=/a\x1b", "nor a list"),
         ("begin=never", "neither look nor command"),
         ("disks=", "names no disk"),
         ("umask=9", "is not an octal mode"),
@@ -141,7 +154,9 @@ def test_help_names_every_option() -> None:
 
 
 def test_defaults_are_told_as_they_are() -> None:
-    written = {word.name: word.default for word in OPTIONS if word.name in ("begin", "idle", "idle-max", "timeout")}
+    written = {
+        word.name: word.default for word in OPTIONS if word.name in ("begin", "quiesce", "idle", "idle-max", "timeout")
+    }
     written["connections"] = "2"
     assert parse_options(f"{name}={value}" for name, value in written.items()) == Options()
     assert all(word.parse is None or word.default is not None for word in OPTIONS)

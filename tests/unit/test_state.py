@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -161,7 +161,16 @@ def test_a_label_of_another_kind_is_taken_for_damaged(folder: Path, value: objec
 
 @pytest.mark.expects_warning
 @pytest.mark.parametrize(
-    "change", [{"job_id": ""}, {"job_id": 5}, {"scratches": [1]}, {"scratches": "/i"}, {"socket": None}, {"began": "x"}]
+    "change",
+    [
+        {"job_id": ""},
+        {"job_id": 5},
+        {"scratches": [1]},
+        {"scratches": "/i"},
+        {"socket": None},
+        {"began": "x"},
+        {"frozen": "no"},
+    ],
 )
 def test_a_job_of_another_kind_is_not_taken_for_ours(
     folder: Path, change: dict[str, object], logged_warnings: list[str]
@@ -284,3 +293,21 @@ def test_where_the_state_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     assert state_folder() == Path(pwd.getpwuid(uid).pw_dir, ".local/state/backupfs")
+
+
+def test_a_record_says_whether_the_guest_may_be_frozen(folder: Path) -> None:
+    for frozen in (True, False):
+        with open_state("host", "uuid", domain="d", holder="/mnt") as state:
+            state.record_job(replace(RECORD, frozen=frozen))
+        with open_state("host", "uuid", domain="d", holder="/mnt") as state:
+            assert state.job == replace(RECORD, frozen=frozen)
+
+
+def test_a_record_of_a_version_that_never_froze_still_counts(folder: Path) -> None:
+    old = asdict(RECORD)
+    del old["frozen"]
+    with open_state("host", "uuid", domain="d", holder="/mnt"):
+        (folder / "job").write_bytes(written(old))
+    with open_state("host", "uuid", domain="d", holder="/mnt") as state:
+        assert state.job == RECORD
+        assert not RECORD.frozen

@@ -29,6 +29,7 @@ SNAPSHOT = Snapshot(
     version="1", pid=7, mount_point="/mnt", domain='we"b\n1', uuid="u", uri="qemu:///system", source="live",
     state="running", instant=1700000000, age=75.0, point="j", socket="/s", why={"sda": "a cdrom; nothing"},
     open_files=2, holders=(5,), unused_for=3.0, idle=900.0, idle_max=43200.0, last_instant=1700000000,
+    quiesced=True, frozen_ms=87.4, frozen_filesystems=2,
     scratch_used=2**21, disks={"vda": DISK}, read_ahead=131072, control="/c", log="syslog",
 )  # fmt: skip
 
@@ -89,6 +90,21 @@ def test_metrics_follow_the_text_format() -> None:
     assert parse_metrics(render_metrics(lost))["backupfs_point_failed", own] == 1
 
 
+def test_the_freeze_is_told_in_all_three() -> None:
+    own = r'domain="we\"b\n1",uuid="u"'
+    found = parse_metrics(render_metrics(SNAPSHOT))
+    assert found["backupfs_quiesced", own] == 1
+    assert found["backupfs_frozen_seconds", own] == pytest.approx(0.0874)
+    assert "yes; 2 file systems were frozen for 87 ms" in shown(SNAPSHOT)
+    late = replace(SNAPSHOT, quiesced=False)
+    assert "no; 2 file systems were frozen for 87 ms" in shown(late)
+    without = replace(SNAPSHOT, quiesced=False, frozen_ms=None, frozen_filesystems=0)
+    found = parse_metrics(render_metrics(without))
+    assert found["backupfs_quiesced", own] == 0
+    assert ("backupfs_frozen_seconds", own) not in found
+    assert re.search(r"^quiesced: +no$", shown(without), re.MULTILINE)
+
+
 def test_metrics_hold_any_name_and_any_number() -> None:
     two = {"a\\": DISK, 'b"\n\r\udc80': replace(DISK, scratch_free=0)}
     odd = replace(SNAPSHOT, domain="}\udcff 1\\", disks=two, unused_for=math.inf)
@@ -100,11 +116,12 @@ def test_metrics_hold_any_name_and_any_number() -> None:
 
 
 def test_metrics_leave_out_what_is_not_known() -> None:
-    idle = replace(SNAPSHOT, state="idle", instant=None, scratch_used=None, disks={})
+    idle = replace(SNAPSHOT, state="idle", instant=None, quiesced=None, frozen_ms=None, scratch_used=None, disks={})
     text = render_metrics(idle).decode()
     assert "instant_seconds" in text
     assert "backupfs_instant_seconds" not in text
     assert "disk" not in text
+    assert "backupfs_quiesced" not in text
 
 
 def shown(snapshot: Snapshot) -> str:
@@ -162,8 +179,13 @@ def test_the_process_that_serves_does_not_carry_rich() -> None:
 
 
 def test_table_of_an_idle_mount_has_no_disks() -> None:
-    text = shown(replace(SNAPSHOT, state="idle", instant=None, age=None, scratch_used=None, disks={}))
+    text = shown(
+        replace(
+            SNAPSHOT, state="idle", instant=None, age=None, quiesced=None, frozen_ms=None, scratch_used=None, disks={}
+        )
+    )
     assert "instant" not in text
+    assert "quiesced" not in text
     assert "scratch" not in text
     assert "vda" not in text
 
