@@ -232,6 +232,20 @@ class NotQuiesced(BackupfsError):
 
 
 @dataclass(eq=False)
+class NotThawed(BackupfsError):
+    """The guest's file systems were frozen by us, and its agent does not thaw them."""
+
+    domain: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.domain}: its file systems may still be frozen: {self.reason};"
+            f" run `virsh domfsthaw {self.domain}`, or in the guest `fsfreeze -u`"
+        )
+
+
+@dataclass(eq=False)
 class NotBegun(BackupfsError):
     """With `begin=command` only a command begins a point in time."""
 

@@ -244,9 +244,6 @@ async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) 
 
 async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
     """End our job, wait until libvirt says that it is gone, and remove what it left."""
-    if state.job is not None:
-        with trio.CancelScope(shield=True):
-            await thaw_left_over(domain, state, state.job)  # again, if it failed after the begin
     try:
         with trio.fail_after(END_SECONDS) as scope:
             scope.shield = True
@@ -259,6 +256,9 @@ async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
         why = error if isinstance(error, BackupfsError) else f"not ended within {END_SECONDS:g} s"
         log.error("%s: the backup job on %s: %s; the next mount will end it", domain.name, record.socket, why)
     else:
+        if state.job is not None:
+            with trio.CancelScope(shield=True):
+                await thaw_left_over(domain, state, state.job, last=True)
         state.forget_job()
 
 

@@ -35,6 +35,7 @@ from backupfs.errors import (
     LibvirtRefused,
     NoSuchDomain,
     NotQuiesced,
+    NotThawed,
     StateFolderError,
 )
 from backupfs.options import Quiesce
@@ -45,7 +46,8 @@ log = logging.getLogger("backupfs.quiesce")
 AGENT_SECONDS: Final = 20  # a freeze writes out what the guest has in memory first
 LIBVIRT_SECONDS: Final = 5.0  # what libvirt may add to that
 FROZEN_SECONDS: Final = 10.0  # Windows' VSS thaws by itself after so long, and no guest shall wait longer
-THAW_SECONDS: Final = 30.0  # an agent that died is started again by then, if somebody does
+THAW_SECONDS: Final = 10.0  # then the job is ended, for without it more can be done
+LAST_THAW_SECONDS: Final = 30.0  # an agent that died is started again by then, if somebody does
 THAW_PAUSE: Final = 0.25
 FOREIGN: Final = "somebody else has frozen the guest, and has to thaw it"
 
@@ -159,7 +161,7 @@ class Freezer:
             self._give_up(FOREIGN if error.frozen else error.reason)
             return 0
         except (BackupfsError, trio.TooSlowError) as error:
-            await thaw(self.domain, self.state)
+            await self._thaw()
             reason = error.reason if isinstance(error, LibvirtRefused) else str(error)
             self._give_up(reason or "libvirt has not answered the freeze")
             return 0
@@ -168,11 +170,17 @@ class Freezer:
         # An agent that has frozen none has nothing to thaw; by its thaw it would thaw what
         # somebody in the guest froze by hand.
         if count:
-            await thaw(self.domain, self.state)
+            await self._thaw()
         else:
             _note_thawed(self.state)
         self._give_up(why, alarming=False)
         return 0
+
+    async def _thaw(self) -> None:
+        """Thaw; raise NotThawed where that fails: whoever ends the job then tries again."""
+        why = await _thaw(self.domain, self.state, THAW_SECONDS)
+        if why is not None:
+            raise NotThawed(self.domain.name, why)
 
     async def _begin_frozen(self, deed: Callable[[], Awaitable[None]], called: float, count: int) -> Quiesced:
         begun = trio.Event()
@@ -194,8 +202,11 @@ class Freezer:
                     await begun.wait()
                 in_time = begun.is_set()
             finally:
-                await thaw(self.domain, self.state)
+                # Not raised in here, where it would come in a group, or in place of a Cancelled.
+                stuck = await _thaw(self.domain, self.state, THAW_SECONDS)
             frozen = trio.current_time() - called
+        if stuck is not None:
+            raise NotThawed(self.domain.name, stuck)
         if error is not None:
             raise error
         if in_time:
@@ -218,13 +229,13 @@ def _note_thawed(state: State) -> None:
         log.error("%s", error)
 
 
-async def thaw(domain: Domain, state: State) -> bool:
-    """Thaw what we have frozen, or may have; whatever else ends, not before that or THAW_SECONDS.
+async def _thaw(domain: Domain, state: State, patience: float) -> str | None:
+    """Thaw what we have frozen, or may have; whatever else ends, not before that or *patience*.
 
-    False, with an ERROR in the log, if it may still be frozen; then the record goes on saying so.
+    Returns why it may still be frozen, None if it is not; the record goes on saying so meanwhile.
     """
     why = "libvirt has not answered"
-    with trio.move_on_after(THAW_SECONDS) as scope:
+    with trio.move_on_after(patience) as scope:
         scope.shield = True
         while True:
             try:
@@ -232,25 +243,24 @@ async def thaw(domain: Domain, state: State) -> bool:
                 break
             except (NoSuchDomain, DomainNotRunning):
                 break  # nothing runs, so nothing is frozen
+            except LibvirtRefused as error:
+                why = error.reason
             except BackupfsError as error:
                 why = str(error)
             await trio.sleep(THAW_PAUSE)
     if scope.cancelled_caught:
-        log.error(
-            "%s: its file systems may still be frozen: %s; run `virsh domfsthaw %s`, or in the guest `fsfreeze -u`",
-            domain.name,
-            why,
-            domain.name,
-        )
-        return False
+        return why
     _note_thawed(state)
-    return True
+    return None
 
 
-async def thaw_left_over(domain: Domain, state: State, record: JobRecord) -> None:
-    """Thaw the guest if the process that left *record* was killed while it was frozen.
+async def thaw_left_over(domain: Domain, state: State, record: JobRecord, *, last: bool = False) -> None:
+    """Thaw the guest if *record* says that we have frozen it: we were killed, or its agent died.
 
-    Never anything else: a guest that was started since is not the one that we froze.
+    Never anything else: a guest that was started since is not the one that we froze. Call it
+    before the job is ended, for a frozen guest is a stopped one; and, with *last*, once more
+    after that, for libvirt 9.0 is slow to see an agent come back while a job runs. An
+    ERROR then tells what is left to do.
     """
     if not record.frozen:
         return
@@ -265,7 +275,9 @@ async def thaw_left_over(domain: Domain, state: State, record: JobRecord) -> Non
         _note_thawed(state)
         return
     log.info("%s: thawing the file systems that were left frozen", domain.name)
-    await thaw(domain, state)
+    why = await _thaw(domain, state, LAST_THAW_SECONDS if last else THAW_SECONDS)
+    if why is not None and last:
+        log.error("%s", NotThawed(domain.name, why))
     await _reset_agent_timeout(domain)
 
 

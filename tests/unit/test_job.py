@@ -19,6 +19,7 @@ from backupfs.job import QUIET_SECONDS, TRANSITIONS, Event, Job, JobState, open_
 from backupfs.link import Happening, Kind
 from backupfs.options import Options
 from backupfs.point import Point
+from backupfs.quiesce import Quiesced
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Backend:
     last_instant: int = 0
     send: Any = None
     happenings: Any = field(default=None)
+    quiesced: Quiesced = field(default_factory=Quiesced)
 
     def __post_init__(self) -> None:
         self.send, self.happenings = trio.open_memory_channel[Happening](100)
@@ -56,6 +58,7 @@ class Backend:
             yield Point(
                 generation=generation, domain=self.name, job_id="j", socket=f"/s{self.begun}", began=time.time(),
                 took=0.0, instant=self.begun, files={}, images={}, exports={}, scratches={}, left_out={},
+                quiesced=self.quiesced,
             )  # fmt: skip
         finally:
             await trio.lowlevel.checkpoint()
@@ -261,3 +264,16 @@ def test_an_event_that_a_state_does_not_know_changes_nothing() -> None:
                 with pytest.raises(KeyError):
                     Job._fire(made, event)
                 assert made.state is state
+
+
+@pytest.mark.expects_warning
+async def test_why_the_guest_was_not_frozen_is_told_once_a_cause(
+    backend: Backend, autojump_clock: Any, logged_warnings: list[str]
+) -> None:
+    async with opened(backend) as job:
+        for why, alarming in (("hung", True), ("hung", True), ("none there", False), ("hung", True), ("gone", True)):
+            backend.quiesced = Quiesced(why_not=why, alarming=alarming)
+            await job.look()
+            await job.release()
+    told = [line.rpartition(": ")[2] for line in logged_warnings]
+    assert told == ["hung", "hung", "gone"], "again only after it was well in between"

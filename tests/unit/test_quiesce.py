@@ -23,11 +23,13 @@ from backupfs.errors import (
     LibvirtUnavailable,
     NoSuchDomain,
     NotQuiesced,
+    NotThawed,
 )
 from backupfs.options import Quiesce
 from backupfs.quiesce import (
     AGENT_SECONDS,
     FROZEN_SECONDS,
+    LAST_THAW_SECONDS,
     LIBVIRT_SECONDS,
     THAW_SECONDS,
     Quiesced,
@@ -301,16 +303,31 @@ async def test_a_thaw_that_fails_is_an_error_with_the_cure(
 ) -> None:
     backend = Backend(thaws=[GONE] * 10000)
     before = trio.current_time()
-    await run(backend, state)
+    with pytest.raises(NotThawed, match="not connected; run `virsh domfsthaw web01`"):
+        await run(backend, state)
     assert THAW_SECONDS <= trio.current_time() - before < THAW_SECONDS + 1
+    frozen = dataclasses.replace(RECORD, frozen=True)
+    assert state.job == frozen
+    # Whoever clears up tries before and after the job's end.
+    await thaw_left_over(backend, state, frozen)  # type: ignore[arg-type]
+    assert logged_warnings == []
+    before = trio.current_time()
+    await thaw_left_over(backend, state, frozen, last=True)  # type: ignore[arg-type]
+    assert LAST_THAW_SECONDS <= trio.current_time() - before < LAST_THAW_SECONDS + 1
     (line,) = logged_warnings
     assert "may still be frozen" in line
-    assert "not connected; run `virsh domfsthaw web01`" in line
-    assert state.job == dataclasses.replace(RECORD, frozen=True)
-    # Whoever clears up tries once more.
-    backend.thaws.clear()
-    await thaw_left_over(backend, state, state.job)  # type: ignore[arg-type]
+    backend.thaws[:] = [LibvirtUnavailable("u", "gone")]
+    await thaw_left_over(backend, state, frozen, last=True)  # type: ignore[arg-type]
     assert state.job == RECORD
+
+
+async def test_no_job_begins_over_a_freeze_that_cannot_be_undone(state: State, autojump_clock: Any) -> None:
+    backend = Backend(count=GONE, thaws=[GONE] * 10000)
+    with pytest.raises(NotThawed):
+        await run(backend, state)
+    assert "begin" not in backend.calls
+    assert state.job is not None
+    assert state.job.frozen
 
 
 @pytest.mark.parametrize("error", [NoSuchDomain("web01", "u"), DomainNotRunning("web01", "shut off")])
