@@ -129,6 +129,13 @@ def uniform(size: int, flags: int = 0) -> ExtentMap:
     return Builder(size).finish(flags)
 
 
+def seek_dense(size: int, offset: int, *, data: bool) -> int | None:
+    """Answer `image.Image.seek` for a file of *size* bytes without holes."""
+    if not 0 <= offset < size:
+        return None
+    return offset if data else size
+
+
 def combine(one: ExtentMap, other: ExtentMap, function: Callable[[int, int], int]) -> ExtentMap:
     """Return the map whose flags are *function* of both maps' flags; their sizes must agree.
 

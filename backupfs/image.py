@@ -63,6 +63,16 @@ class Image(Protocol[S]):
         """Yield what makes up [start, stop), which lies in the image, in order."""
         ...
 
+    def seek(self, offset: int, *, data: bool) -> int | None:
+        """Return the first byte from *offset* on that is data (or is in a hole); None: there is none.
+
+            image    |--data--|--hole--|--data--|
+            offset   ^ data   ^ hole            ^ the end is a hole too, though no byte of the file
+
+        Nothing is at the end or beyond it: None. What may be anything but zeros is data.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RawImage(Generic[S]):
@@ -86,3 +96,10 @@ class RawImage(Generic[S]):
                 yield Zeros(end - begin)
             else:
                 yield Span(self.source, begin, end - begin)
+
+    def seek(self, offset: int, *, data: bool) -> int | None:
+        """Tell where data or a hole begins: zeros are holes, and only they."""
+        if not 0 <= offset < self.size:
+            return None
+        found = self.extents.find(offset, ZERO, not data)
+        return self.size if found is None and not data else found

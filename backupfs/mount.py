@@ -21,6 +21,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
+from backupfs.seeks import Seeks  # before pyfuse3: see there
+
+# isort: split
 import pyfuse3
 import trio
 
@@ -93,6 +96,8 @@ async def _serve_job(
         modes=(options.folder_mode, options.file_mode),
     )
 
+    seeks = Seeks(operations.lseek)
+
     async def release() -> str:
         cut_off = await job.release()
         return f"released; {cut_off} open files were cut off" if cut_off else "released"
@@ -102,8 +107,11 @@ async def _serve_job(
 
     async with (
         open_control(control, {"release": release, "begin": begin}),
-        _open_fuse(operations, path, _fuse_options(source, options)) as fuse,
+        _open_fuse(operations, seeks, path, _fuse_options(source, options)) as fuse,
     ):
+        reporter.why_no_seeks = seeks.why_not
+        if reporter.why_no_seeks is not None:
+            log.info("%s: tools that ask for holes are told that all is data: %s", job.domain.name, seeks.why_not)
 
         def settle_read_ahead() -> None:
             # Not before: answering the kernel's INIT sets it back.
@@ -111,6 +119,7 @@ async def _serve_job(
 
         operations.at_first_request = settle_read_ahead
         async with trio.open_nursery() as nursery:
+            await nursery.start(seeks.run)
             nursery.start_soon(_run_fuse, nursery)
             nursery.start_soon(_await_unmount, job, fuse.device, nursery)
             nursery.start_soon(_await_signal, job, fuse, nursery)
@@ -133,7 +142,8 @@ class _Fuse:
 
 
 @contextlib.asynccontextmanager
-async def _open_fuse(operations: Operations, path: str, words: set[str]) -> AsyncIterator[_Fuse]:
+async def _open_fuse(operations: Operations, seeks: Seeks, path: str, words: set[str]) -> AsyncIterator[_Fuse]:
+    seeks.listen()
     try:
         pyfuse3.init(operations, path, words)
     except RuntimeError as error:
@@ -145,6 +155,7 @@ async def _open_fuse(operations: Operations, path: str, words: set[str]) -> Asyn
             raise MountPointError(path, "mounted, but not to be seen in /proc/self/mountinfo")
         yield _Fuse(path, mounted.device)
     finally:
+        seeks.end()
         # Never unmounts: pyfuse3 would do it lazily, and that hides the mount from who is in it.
         pyfuse3.close(unmount=False)
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from backupfs.extents import seek_dense
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -41,6 +43,10 @@ class OpenFile(Protocol):
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return *length* bytes from *offset*; fewer only at the end of the file."""
+        ...
+
+    async def seek(self, offset: int, *, data: bool) -> int | None:
+        """Return where from *offset* on data (or a hole) begins; see `image.Image.seek`."""
         ...
 
     def close(self) -> None:
@@ -126,6 +132,12 @@ class OpenBytes:
         if self.claim is not None:
             self.claim.check()
         return self.data[offset : offset + length]
+
+    async def seek(self, offset: int, *, data: bool) -> int | None:
+        """Say that all is data."""
+        if self.claim is not None:
+            self.claim.check()
+        return seek_dense(len(self.data), offset, data=data)
 
     def close(self) -> None:
         """Give the claim back."""

@@ -196,6 +196,16 @@ class Operations(pyfuse3.Operations):
         # The buffer may be one that the next read fills again: it is answered with before any await.
         return await self._files[fh].read(off, size)
 
+    @answered
+    async def lseek(self, fh: int, off: int, whence: int) -> int:
+        """Answer SEEK_DATA and SEEK_HOLE; the kernel does the other kinds itself. See `seeks`."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise FUSEError(errno.EINVAL)
+        found = await self._files[fh].seek(off, data=whence == os.SEEK_DATA)
+        if found is None:
+            raise FUSEError(errno.ENXIO)
+        return found
+
     async def release(self, fh: int) -> None:
         self._files.pop(fh).close()
 

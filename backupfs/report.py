@@ -29,6 +29,7 @@ class Reporter:
     control: str
     log: str
     read_ahead: int = 0
+    why_no_seeks: str | None = None
     _read: collections.deque[tuple[float, str, dict[str, int]]] = field(
         default_factory=lambda: collections.deque(maxlen=RATE_SECONDS + 1)
     )
@@ -85,6 +86,7 @@ class Reporter:
             scratch_used=self._scratch_used,
             disks={target: self._disk(point, target) for target in point.exports} if point else {},
             read_ahead=self.read_ahead,
+            sparse_seeks=self.why_no_seeks is None,
             control=self.control,
             log=self.log,
         )
@@ -98,6 +100,8 @@ class Reporter:
             why["point"] = f"lost: {job.lost}"
         elif job.refusal is not None and point is None:
             why["point"] = f"could not begin: {job.refusal}"
+        if self.why_no_seeks is not None:
+            why["sparse seeks"] = f"no: {self.why_no_seeks}"
         return why
 
     def _disk(self, point: Point, target: str) -> DiskStatus:

@@ -74,6 +74,7 @@ class Snapshot:
     scratch_used: int | None
     disks: Mapping[str, DiskStatus]
     read_ahead: int  # bytes; what the kernel asks for at a time
+    sparse_seeks: bool  # SEEK_HOLE is told the truth, not "all data"
     control: str
     log: str
 
@@ -133,6 +134,7 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         *_metric("point_failed", "gauge", "1 if the latest point in time was lost or could not begin.", one(failed)),
         *_metric("instant_seconds", "gauge", "The point in time's instant.", one(snapshot.instant)),
         *_metric("last_instant_seconds", "gauge", "The latest point in time's instant.", one(snapshot.last_instant)),
+        *_metric("sparse_seeks", "gauge", "1 if SEEK_HOLE is told where holes are.", one(int(snapshot.sparse_seeks))),
         *_metric("open_files", "gauge", "Open files of points in time.", one(snapshot.open_files)),
         *_metric("unused_seconds", "gauge", "Time since the last request.", one(snapshot.unused_for)),
         *_metric("quiesced", "gauge", "1 if the guest was frozen when the point began.", one(quiesced)),

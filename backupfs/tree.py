@@ -287,6 +287,10 @@ class OpenImage:
         self.lease.check()
         return await resolve(self.image, offset, length)
 
+    async def seek(self, offset: int, *, data: bool) -> int | None:
+        self.lease.check()
+        return self.image.seek(offset, data=data)
+
     def close(self) -> None:
         self.lease.release()
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupfs.extents import Builder, ExtentMap, combine
+from backupfs.extents import ZERO, Builder, ExtentMap, combine
+from backupfs.image import RawImage
 
 runs = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=30)
 
@@ -56,3 +57,18 @@ def test_combining_is_byte_by_byte(one: list[tuple[int, int]], other: list[tuple
     assert len(both) == sum(
         1 for i, byte in enumerate(flat(both, 0, size)) if i == 0 or byte != flat(both, 0, size)[i - 1]
     )
+
+
+@given(runs)
+def test_seeks_walk_over_exactly_the_bytes_that_are_not_zero(pieces: list[tuple[int, int]]) -> None:
+    found, plain = built(pieces)
+    image = RawImage(None, found)
+    seen = bytearray(len(plain))
+    position = 0
+    while (start := image.seek(position, data=True)) is not None:
+        stop = image.seek(start, data=False)
+        assert stop is not None
+        assert position <= start < stop
+        seen[start:stop] = b"\1" * (stop - start)
+        position = stop
+    assert seen == bytes(not byte & ZERO for byte in plain)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyfuse3
 import pytest
 
 from backupfs.errors import ForeignJob, PointOver
-from backupfs.nodes import Attributes, OpenFolder
+from backupfs.nodes import Attributes, OpenBytes, OpenFolder
 from backupfs.operations import Operations
 
 
@@ -121,3 +122,30 @@ async def test_xattrs_have_their_prefix_and_no_others_are_there() -> None:
         with pytest.raises(pyfuse3.FUSEError) as caught:
             await operations.getxattr(pyfuse3.ROOT_INODE, name, CONTEXT)
         assert caught.value.errno == pyfuse3.ENOATTR
+
+
+@dataclass(eq=False)
+class OverClaim:
+    """A claim on a point in time that is over."""
+
+    def check(self) -> None:
+        raise PointOver("web01", 5)
+
+    def release(self) -> None: ...
+
+
+async def test_lseek_tells_data_from_holes_and_every_failure_by_its_errno() -> None:
+    operations = made(Folder("/"))
+    operations._files = {1: OpenBytes(b"12345"), 2: OpenBytes(b"12345", OverClaim())}
+    assert await operations.lseek(1, 3, os.SEEK_DATA) == 3
+    assert await operations.lseek(1, 3, os.SEEK_HOLE) == 5
+    for handle, offset, whence, expected in (
+        (1, 5, os.SEEK_DATA, errno.ENXIO),
+        (1, 5, os.SEEK_HOLE, errno.ENXIO),
+        (1, 0, os.SEEK_SET, errno.EINVAL),
+        (1, 0, 99, errno.EINVAL),
+        (2, 0, os.SEEK_DATA, errno.EIO),
+    ):
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await operations.lseek(handle, offset, whence)
+        assert caught.value.errno == expected

@@ -30,7 +30,7 @@ SNAPSHOT = Snapshot(
     state="running", instant=1700000000, age=75.0, point="j", socket="/s", why={"sda": "a cdrom; nothing"},
     open_files=2, holders=(5,), unused_for=3.0, idle=900.0, idle_max=43200.0, last_instant=1700000000,
     quiesced=True, frozen_ms=87.4, frozen_filesystems=2,
-    scratch_used=2**21, disks={"vda": DISK}, read_ahead=131072, control="/c", log="syslog",
+    scratch_used=2**21, disks={"vda": DISK}, read_ahead=131072, sparse_seeks=True, control="/c", log="syslog",
 )  # fmt: skip
 
 
@@ -86,6 +86,7 @@ def test_metrics_follow_the_text_format() -> None:
     assert found["backupfs_disk_read_bytes_total", f'{own},disk="vda"'] == 4096
     assert found["backupfs_build_info", f'{own},version="1"'] == 1
     assert found["backupfs_point_failed", own] == 0
+    assert found["backupfs_sparse_seeks", own] == 1
     lost = replace(SNAPSHOT, why={"point": "lost: guest crashed"})
     assert parse_metrics(render_metrics(lost))["backupfs_point_failed", own] == 1
 
