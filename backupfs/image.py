@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from backupfs.extents import ZERO, ExtentMap
+from backupfs.extents import ZERO, Extents
 
 S = TypeVar("S")
 
@@ -69,7 +69,7 @@ class RawImage(Generic[S]):
     """A whole disk, byte for byte."""
 
     source: S
-    extents: ExtentMap
+    extents: Extents
     allocated: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -106,6 +106,7 @@ class Reporter:
             connections=len(export.traffic),
             reconnects=export.reconnects,
             extents=len(export.extents),
+            mapped=export.extents.mapped,
             why_no_extents=export.why_no_extents,
             scratch=point.scratches[target],
             scratch_free=_free(os.path.dirname(point.scratches[target])) if self.job.domain.is_local else None,

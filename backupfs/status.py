@@ -40,6 +40,7 @@ class DiskStatus:
     connections: int
     reconnects: int
     extents: int
+    mapped: int  # less than size where the map is huge; then allocated is a guess
     why_no_extents: str | None
     scratch: str
     scratch_free: int | None
@@ -135,6 +136,7 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         *_metric("disk_size_bytes", "gauge", "The disk's size.", each("size")),
         *_metric("disk_allocated_bytes", "gauge", "What of it is not zero.", each("allocated")),
         *_metric("disk_extents", "gauge", "Runs of data and of zeros in its map.", each("extents")),
+        *_metric("disk_mapped_bytes", "gauge", "What of it is mapped by now.", each("mapped")),
         *_metric("disk_connections", "gauge", "NBD connections.", each("connections")),
         *_metric("disk_read_bytes_total", "counter", "Bytes brought over NBD in this point in time.", each("read")),
         *_metric("disk_requests_total", "counter", "NBD reads in this point in time.", each("requests")),
@@ -224,5 +226,8 @@ def render_table(status: Mapping[str, Any], console: Console) -> None:
             f" {size_text(READ_AHEAD)}, see README"
         )
     for target, disk in status["disks"].items():
+        if disk["mapped"] < disk["size"] and not disk["why_no_extents"]:
+            known = f"{size_text(disk['mapped'])} of {size_text(disk['size'])}"
+            say(f"{target}: {known} are mapped, the rest is when it is read; what is allocated is a guess")
         if disk["why_no_extents"]:
             say(f"{target}: holes are read like data: {disk['why_no_extents']}")

@@ -31,7 +31,7 @@ from typing import Final, Protocol
 import trio
 
 from backupfs.connections import Fetch
-from backupfs.extents import ZERO, ExtentMap
+from backupfs.extents import ZERO, Extents
 
 Buffer = bytes | bytearray | memoryview
 
@@ -52,7 +52,9 @@ class Source(Protocol):
 
     size: int
     alignment: int
-    extents: ExtentMap
+
+    @property
+    def extents(self) -> Extents: ...
 
     def ask(self, offset: int, length: int, buffer: bytearray | memoryview) -> Fetch: ...
 

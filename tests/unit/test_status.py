@@ -24,7 +24,7 @@ from backupfs.status import (
     size_text,
 )
 
-DISK = DiskStatus(2**30, 2**20, 4096, 512.0, 3, 2, 1, 9, None, "/i/s", 2**33)
+DISK = DiskStatus(2**30, 2**20, 4096, 512.0, 3, 2, 1, 9, 2**30, None, "/i/s", 2**33)
 SNAPSHOT = Snapshot(
     version="1", pid=7, mount_point="/mnt", domain='we"b\n1', uuid="u", uri="qemu:///system", source="live",
     state="running", instant=1700000000, age=75.0, point="j", socket="/s", why={"sda": "a cdrom; nothing"},

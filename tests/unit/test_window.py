@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from backupfs.connections import Fetch
+from backupfs.diskmap import DiskMap
 from backupfs.errors import NbdReadFailed, NbdUnavailable
 from backupfs.export import Export
 from backupfs.extents import ZERO, Builder, ExtentMap, uniform
@@ -36,7 +37,7 @@ class Held:
     def __init__(self, extents: ExtentMap, *, at_once: bool = True) -> None:
         self.size = extents.size
         self.alignment = 1
-        self.extents = extents
+        self.extents = DiskMap(extents)
         self.at_once = at_once
         self.asked: list[tuple[int, int]] = []
         self.held: list[Request] = []
