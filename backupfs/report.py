@@ -81,6 +81,7 @@ class Reporter:
             last_instant=job.record.last_instant,
             scratch_used=self._scratch_used,
             disks={target: self._disk(point, target) for target in point.exports} if point else {},
+            rate_limit=job.options.rate,
             read_ahead=self.read_ahead,
             control=self.control,
             log=self.log,

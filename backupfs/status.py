@@ -71,6 +71,7 @@ class Snapshot:
     last_instant: int
     scratch_used: int | None
     disks: Mapping[str, DiskStatus]
+    rate_limit: int | None  # bytes a second
     read_ahead: int  # bytes; what the kernel asks for at a time
     control: str
     log: str
@@ -133,6 +134,7 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         *_metric("unused_seconds", "gauge", "Time since the last request.", one(snapshot.unused_for)),
         *_metric("scratch_used_bytes", "gauge", "Old blocks saved by QEMU.", one(snapshot.scratch_used)),
         *_metric("scratch_free_bytes", "gauge", "Room left where they are saved.", each("scratch_free")),
+        *_metric("rate_limit_bytes", "gauge", "Bytes a second that may be read.", one(snapshot.rate_limit)),
         *_metric("disk_size_bytes", "gauge", "The disk's size.", each("size")),
         *_metric("disk_allocated_bytes", "gauge", "What of it is not zero.", each("allocated")),
         *_metric("disk_extents", "gauge", "Runs of data and of zeros in its map.", each("extents")),
@@ -185,6 +187,8 @@ def _head(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if status["idle"]:
             yield "ends", f"when unused for {duration_text(status['idle'])}"
     yield "open files", f"{status['open_files']}; last request {duration_text(status['unused_for'])} ago"
+    if status["rate_limit"] is not None:
+        yield "rate limit", f"{size_text(status['rate_limit'])}/s"
     if status["scratch_used"] is not None:
         yield "scratch used", size_text(status["scratch_used"])
     yield "log", status["log"]

@@ -231,6 +231,7 @@ async def test_range_outside_the_disk_is_refused() -> None:
         list(found.iter_range(0, SIZE + 1))
     assert found.find(SIZE, ZERO, False) is None
     assert found.find(-1, ZERO, False) is None
+    assert list(found.iter_range(KNOWN + 5, KNOWN + 5)) == []
 
 
 async def test_first_bytes_of_a_disk_of_which_nothing_is_known_are_not_next_to_anything() -> None:
