@@ -358,7 +358,9 @@ async def test_all_that_is_fetched_is_paid_for_once(pool: Pool, autojump_clock: 
         begun = trio.current_time()
 
         async def read(start: int) -> None:
-            for offset in range(start * BLOCK, (start + 10) * BLOCK, 128 * KIB):
+            for offset in (start * BLOCK, start * BLOCK + 64 * KIB):
+                await reader.check(offset, 64 * KIB)
+            for offset in range(start * BLOCK + 128 * KIB, (start + 10) * BLOCK, 128 * KIB):
                 # As the kernel does: two at a time, of one block mostly.
                 async with trio.open_nursery() as two:
                     two.start_soon(reader.check, offset, 64 * KIB)
