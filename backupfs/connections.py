@@ -21,9 +21,12 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from backupfs.allocation import MOST_EXTENTS
+from backupfs.diskmap import DiskMap
 from backupfs.errors import BackupfsError, NbdTimeout, NbdUnavailable
-from backupfs.extents import ExtentMap, uniform
+from backupfs.extents import uniform
 from backupfs.nbdclient import Address, Connection
+from backupfs.nbdmap import MapConnection
 from backupfs.request import Request
 
 log = logging.getLogger("backupfs.connections")
@@ -56,17 +59,23 @@ class Connections:
     """Up to *count* connections to one export; opened with `open`, the others as they are needed."""
 
     def __init__(
-        self, address: Address, count: int, timeout: float, allow_reconnect: Callable[[], Awaitable[bool]]
+        self,
+        address: Address,
+        count: int,
+        timeout: float,
+        allow_reconnect: Callable[[], Awaitable[bool]],
+        most_extents: int = MOST_EXTENTS,
     ) -> None:
         self.address = address
         self.size = 0
         self.alignment = 1
-        self.extents: ExtentMap = uniform(0)
-        self.why_no_extents: str | None = None
+        self.extents = DiskMap(uniform(0))
         self.reconnects = 0
         self._timeout = timeout
+        self._most_extents = most_extents
         self._allow_reconnect = allow_reconnect
         self._connections: list[Connection | None] = [None] * count
+        self._map: MapConnection | None = None
         self._next = 0
         self._gone: list[tuple[int, int]] = []  # requests and bytes of connections that broke
         self._mending = trio.Lock()
@@ -82,19 +91,30 @@ class Connections:
 
     async def open(self) -> None:
         """Make the first connection and fetch the map; raise NbdUnavailable, NbdTimeout, NbdProtocolError."""
-        first = self._connections[0] = Connection(self.address, timeout=self._timeout, want_extents=True)
-        await first.opened()
-        assert first.extents is not None  # opened
-        assert first.size is not None
-        self.size = first.size
-        self.alignment = first.alignment
-        self.extents = first.extents
-        self.why_no_extents = first.why_no_extents
+        asking = self._map = MapConnection(self.address, timeout=self._timeout, most=self._most_extents)
+        reading = self._connections[0] = Connection(self.address, timeout=self._timeout)
+        await reading.opened()
+        assert reading.size is not None  # opened
+        self.size = reading.size
+        self.alignment = reading.alignment
+        first = await asking.first()
+        if first.told.extents.size != self.size:
+            self.extents = DiskMap(uniform(self.size), why=first.told.why)
+        elif first.is_final:
+            self.extents = DiskMap(first.told.extents, why=first.told.why)
+        else:
+            log.info(
+                "%s: mapped up to byte %d (%s); the rest when needed",
+                self.address.export,
+                first.told.stop,
+                first.told.why,
+            )
+            self.extents = DiskMap(first.told.extents, first.told.stop, asking.ask)
 
     async def close(self) -> None:
         """Disconnect all; what is unanswered fails."""
         self._closed = True
-        for connection in (*self._connections, self._fresh):
+        for connection in (self._map, *self._connections, self._fresh):
             if connection is not None:
                 await connection.close()
 

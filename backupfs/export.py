@@ -21,11 +21,14 @@ from typing import Final
 
 import trio
 
+from backupfs.allocation import MOST_EXTENTS
 from backupfs.connections import Connections
+from backupfs.diskmap import DiskMap
 from backupfs.errors import NbdReadFailed
-from backupfs.extents import ExtentMap
+from backupfs.extents import is_zero
 from backupfs.image import Image, Literal, Span, Zeros
 from backupfs.nbdclient import LONGEST, Address
+from backupfs.rate import Bucket, Flow
 from backupfs.window import Buffer, Windows, align
 
 _zeros: Final = memoryview(bytes(LONGEST))
@@ -34,9 +37,11 @@ _zeros: Final = memoryview(bytes(LONGEST))
 class Export:
     """One disk over NBD. Got with `open_export`."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, bucket: Bucket | None = None) -> None:
         self._connections = connections
-        self._windows = Windows(connections)
+        self._windows = Windows(connections, bucket=bucket)
+        self._bucket = bucket
+        self._alone = Flow()  # of all who jump
 
     @property
     def size(self) -> int:
@@ -44,14 +49,14 @@ class Export:
         return self._connections.size
 
     @property
-    def extents(self) -> ExtentMap:
+    def extents(self) -> DiskMap:
         """What is zero; the rest must be read."""
         return self._connections.extents
 
     @property
     def why_no_extents(self) -> str | None:
         """Why the map says less than it might, in words for the user."""
-        return self._connections.why_no_extents
+        return self._connections.extents.why
 
     @property
     def traffic(self) -> list[tuple[int, int]]:
@@ -83,6 +88,11 @@ class Export:
             raise ValueError(f"[{offset}, {offset + length}) is not in [0, {self.size})")
         if self._connections.is_broken:
             await self._connections.mend()
+        extents = self._connections.extents
+        if not extents.knows(offset, offset + length):
+            await extents.cover(offset, offset + length)
+            if is_zero(extents, offset, offset + length):
+                return _zeros[:length] if length <= len(_zeros) else bytes(length)
         stream = self._windows.follow(offset, length)
         if stream is not None:
             try:
@@ -100,6 +110,8 @@ class Export:
         fetches = []
         for position in range(0, len(data), LONGEST):
             part = view[position : position + LONGEST]
+            if self._bucket is not None:
+                await self._bucket.take(self._alone, len(part))
             fetches.append(connections.ask(start + position, len(part), part))
         for fetch in fetches:
             await connections.arrive(fetch)
@@ -113,18 +125,22 @@ async def open_export(
     connections: int = 2,
     timeout: float = 30.0,
     allow_reconnect: Callable[[], Awaitable[bool]],
+    bucket: Bucket | None = None,
+    most_extents: int = MOST_EXTENTS,
 ) -> AsyncIterator[Export]:
     """Connect to an export and fetch its map; disconnect on the way out.
 
     *timeout* is how many seconds the server may leave a request unanswered. When a connection
     breaks, *allow_reconnect* is asked whether the same job still serves there; then reads in
-    progress are put again and notice nothing. Raises NbdUnavailable, NbdTimeout, NbdProtocolError.
+    progress are put again and notice nothing. What is fetched is paid for from *bucket*;
+    *most_extents* bounds the map that is fetched now. Raises NbdUnavailable, NbdTimeout,
+    NbdProtocolError.
     """
-    made = Connections(address, connections, timeout, allow_reconnect)
+    made = Connections(address, connections, timeout, allow_reconnect, most_extents)
     export = None
     try:
         await made.open()
-        export = Export(made)
+        export = Export(made, bucket)
         yield export
     finally:
         with trio.CancelScope(shield=True):

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 ZERO: Final = 2  # reads as zeros: the only property that may be answered without reading
 DIRTY: Final = 1
@@ -26,6 +26,21 @@ _FLAG_MASK: Final = 2**_FLAG_BITS - 1
 LARGEST: Final = 2 ** (64 - _FLAG_BITS) - 1  # bytes
 
 Extent = tuple[int, int, int]  # start, stop, flags
+
+
+class Extents(Protocol):
+    """What a map tells; what is not known to be zero is data."""
+
+    @property
+    def size(self) -> int: ...
+
+    def iter_range(self, start: int, stop: int) -> Iterator[Extent]: ...
+
+    def find(self, offset: int, flag: int, wanted: bool) -> int | None: ...
+
+    async def locate(self, offset: int, flag: int, wanted: bool) -> int | None: ...
+
+    def total(self, flag: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +98,10 @@ class ExtentMap:
                 return words[later] >> _FLAG_BITS
         return None
 
+    async def locate(self, offset: int, flag: int, wanted: bool) -> int | None:
+        """Do as `find`: of this map everything is known."""
+        return self.find(offset, flag, wanted)
+
     def total(self, flag: int) -> int:
         """Return how many bytes have *flag*."""
         found, start, counts = 0, 0, False
@@ -116,6 +135,32 @@ class Builder:
         if not self._words or self._words[-1] & _FLAG_MASK != flags:
             self._words.append(self.position << _FLAG_BITS | flags)
         self.position += length
+
+    def extend(self, words: Sequence[int], mask: int, most: int) -> None:
+        """Add extents, told as lengths and flags in turn; of the flags only those in *mask* count.
+
+        The last one is cut at the end of the map, and nothing is added once there are *most*.
+        Raises ValueError for an empty extent and for one that begins at the end.
+        """
+        # In one loop: two million extents take half a second so, and two with a call for each.
+        size, position, added = self.size, self.position, self._words
+        last = added[-1] & _FLAG_MASK if added else -1
+        pairs = iter(words)
+        try:
+            for length, flags in zip(pairs, pairs, strict=True):
+                if length <= 0:
+                    raise ValueError(f"an empty extent at byte {position}")
+                if position >= size:
+                    raise ValueError(f"an extent beyond {size} bytes")
+                flags &= mask
+                if flags != last:
+                    if len(added) >= most:
+                        break
+                    added.append(position << _FLAG_BITS | flags)
+                    last = flags
+                position += length
+        finally:
+            self.position = min(position, size)
 
     def finish(self, flags: int = 0) -> ExtentMap:
         """Return the map; what is missing at its end gets *flags*."""
@@ -156,3 +201,9 @@ def combine(one: ExtentMap, other: ExtentMap, function: Callable[[int, int], int
             builder.append(upto - start, function(ours, flags))
             start = upto
     return builder.finish()
+
+
+def is_zero(extents: Extents, start: int, stop: int) -> bool:
+    """Whether all of [start, stop) is known to be zero."""
+    found = extents.find(start, ZERO, wanted=False)
+    return found is None or found >= stop

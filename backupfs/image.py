@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Images: files that are presented, described as segments. Pure: nothing here waits.
+"""Images: files that are presented, described as segments. Pure: only `seek` may wait, for more of the map.
 
     image    |--literal--|--zeros--|--------span--------|--zeros--|
                bytes in    no I/O     a stretch of an
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from backupfs.extents import ZERO, ExtentMap
+from backupfs.extents import ZERO, Extents
 
 S = TypeVar("S")
 
@@ -63,7 +63,7 @@ class Image(Protocol[S]):
         """Yield what makes up [start, stop), which lies in the image, in order."""
         ...
 
-    def seek(self, offset: int, *, data: bool) -> int | None:
+    async def seek(self, offset: int, *, data: bool) -> int | None:
         """Return the first byte from *offset* on that is data (or is in a hole); None: there is none.
 
             image    |--data--|--hole--|--data--|
@@ -79,7 +79,7 @@ class RawImage(Generic[S]):
     """A whole disk, byte for byte."""
 
     source: S
-    extents: ExtentMap
+    extents: Extents
     allocated: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,9 +97,9 @@ class RawImage(Generic[S]):
             else:
                 yield Span(self.source, begin, end - begin)
 
-    def seek(self, offset: int, *, data: bool) -> int | None:
+    async def seek(self, offset: int, *, data: bool) -> int | None:
         """Tell where data or a hole begins: zeros are holes, and only they."""
         if not 0 <= offset < self.size:
             return None
-        found = self.extents.find(offset, ZERO, not data)
+        found = await self.extents.locate(offset, ZERO, not data)
         return self.size if found is None and not data else found

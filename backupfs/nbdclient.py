@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """NBD connections, each with a thread of its own: the only module that knows `nbd`.
 
+    Wire ──┬── Connection      reads, as drawn below
+           └── nbdmap.MapConnection      asks what is allocated
+
     trio thread                              connection's thread
     Request ──append──► queue ──(eventfd)──► aio_pread ─► poll(NBD socket, eventfd) ─► done
        ▲                                                                                │
@@ -14,7 +17,7 @@ another was in flight would be sent only after that one's answer.
 
 Reading goes without structured replies: for those QEMU looks each read's allocation up once more
 and answers it in pieces, which costs up to a third of the speed. The map needs them, so it is
-fetched over a connection of its own, which may then break without harm.
+fetched over a connection of its own, which may break without harm.
 
 Law: a buffer belongs to its connection from `submit` until the request is done, whoever has
 stopped waiting for it; a request is done only when libnbd has let go of the buffer.
@@ -37,7 +40,6 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from backupfs.allocation import CONTEXT, Answer, Told, Unbelievable, agree, walk
 from backupfs.errors import (
     BackupfsError,
     MissingDependency,
@@ -46,7 +48,7 @@ from backupfs.errors import (
     NbdTimeout,
     NbdUnavailable,
 )
-from backupfs.extents import LARGEST, ExtentMap, uniform
+from backupfs.extents import LARGEST
 from backupfs.request import Patience, Request
 
 try:
@@ -58,7 +60,7 @@ log = logging.getLogger("backupfs.nbdclient")
 
 LONGEST: Final = 2**20  # bytes of one request
 IN_FLIGHT: Final = 16  # requests on one connection; more only wait on the server's side
-MAP_SECONDS: Final = 10.0  # a walk that takes longer keeps the first reader waiting
+NbdError: Final[type[Exception]] = nbd.Error  # what all of a Handle's methods raise
 
 
 class Handle(Protocol):
@@ -97,50 +99,29 @@ class Address:
         handle.aio_connect_unix(self.socket)
 
 
-class Connection:
-    """One connection and its thread. `opened` tells when it is up, or why it is not.
+class Wire:
+    """What connections have in common: a thread that lets libnbd work, and how to wake it up.
 
-    With *want_extents* the disk's map is fetched before; *size* is what the disk must have if
-    it was seen before. A connection that broke keeps the reason in `error`, and stays broken.
+    *size* is what the disk must have if it was seen before.
     """
 
-    def __init__(
-        self, address: Address, *, timeout: float, want_extents: bool = False, size: int | None = None
-    ) -> None:
+    def __init__(self, address: Address, timeout: float, size: int | None) -> None:
         self.address = address
         self.timeout = timeout
         self.size = size
         self.alignment = 1  # of what may be asked for
-        self.extents: ExtentMap | None = None
-        self.why_no_extents: str | None = None
-        self.error: BackupfsError | None = None
-        self.requests = 0
-        self.bytes = 0
-        self._want_extents = want_extents
         self._token = trio.lowlevel.current_trio_token()
-        self._queue: deque[Request] = deque()
-        self._answered: list[tuple[Request, int]] = []  # with the error number, or 0
+        self._queue: deque[Any] = deque()  # of what the thread is to do
         self._sleeping = False
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = select.poll()
         self._poller.register(self._wake, select.POLLIN)
         self._polled: tuple[int, int] | None = None  # the NBD socket and its events, as registered
-        self._opening = Request(0, 0, bytearray())
         self._thread = threading.Thread(target=self._run, name=f"nbd-{address.export}", daemon=True)
-        self._thread.start()
 
-    async def opened(self) -> None:
-        """Wait until the connection is up; raise NbdUnavailable, NbdTimeout, NbdProtocolError."""
-        await self._opening.wait()
-
-    def submit(self, request: Request) -> None:
-        """Queue a read of LONGEST at most; its buffer belongs to the connection until it is done."""
-        self._queue.append(request)
-        if self._sleeping:
-            self._ring()
-        if self.error is not None:
-            self._fail_queued(self.error)  # the thread has ended and looks no more
+    def _run(self) -> None:
+        raise NotImplementedError  # what the thread does
 
     async def close(self) -> None:
         """Disconnect and end the thread; what is unanswered fails."""
@@ -156,58 +137,21 @@ class Connection:
     def _ring(self) -> None:
         os.eventfd_write(self._wake, 1)
 
-    # --- the thread --------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        in_flight: dict[Request, int] = {}
-        error = self._live(in_flight)
-        # The handle is gone, and with it libnbd's hold on the buffers: only now are the requests
-        # done. The error stands before anybody wakes up and looks for the broken connection.
-        self.error = error
-        self._opening.finish(self._token, error)
-        for request in in_flight:
-            request.finish(self._token, error)
-        self._fail_queued(error)
-
-    def _live(self, in_flight: dict[Request, int]) -> BackupfsError:
-        """Connect and serve until closed or broken; return why it ended, with no handle left."""
-        error: BackupfsError
-        try:
-            if self._want_extents:
-                self._fetch_map()
-            handle = self._connect(structured=False)
-            self._check(handle)
-            if self.extents is None:
-                self.extents = uniform(handle.get_size())
-            self._opening.finish(self._token, None)
-            self._serve(handle, in_flight)
-            error = self._unavailable("closed")
-        except BackupfsError as caught:
-            error = caught
-        except nbd.Error as caught:
-            error = self._unavailable(str(caught))
-        except Exception as caught:
-            log.exception("%s: unexpected, in the connection's thread", self.address.export)
-            error = self._unavailable(f"unexpected: {caught!r}")
-        # Its frames hold the handle.
-        error.__traceback__ = error.__context__ = error.__cause__ = None
-        return error
-
-    def _fail_queued(self, error: BackupfsError) -> None:
-        while self._queue:
-            with contextlib.suppress(IndexError):  # the other thread was quicker
-                self._queue.popleft().finish(self._token, error)
+    def _hush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
 
     def _unavailable(self, reason: str) -> NbdUnavailable:
         return NbdUnavailable(self.address.export, reason)
 
-    def _connect(self, *, structured: bool) -> Handle:
+    def _connect(self, context: str | None = None) -> Handle:
+        """Connect; with a meta *context* if one is wanted."""
         handle: Handle = nbd.NBD()
         handle.set_export_name(self.address.export)
         handle.set_pread_initialize(False)  # an answer overwrites all of its buffer, or is an error
-        handle.set_request_structured_replies(structured)
-        if structured:
-            handle.add_meta_context(CONTEXT)
+        handle.set_request_structured_replies(context is not None)
+        if context is not None:
+            handle.add_meta_context(context)
         self._unwatch()  # the one before is gone
         self.address.connect(handle)
         self._drive(handle, handle.aio_is_ready, "connecting")
@@ -226,15 +170,15 @@ class Connection:
         if 0 < longest < LONGEST:
             raise self._unavailable(f"the server takes requests of at most {longest} bytes; {LONGEST} are needed")
 
-    def _drive(self, handle: Handle, is_done: Callable[[], bool], what: str) -> None:
-        """Let libnbd work until *is_done*; raise NbdTimeout if that takes longer than the time-out."""
-        patience = Patience(self.timeout)
+    def _drive(self, handle: Handle, is_done: Callable[[], bool], what: str, seconds: float | None = None) -> None:
+        """Let libnbd work until *is_done*; raise NbdTimeout after *seconds* of silence, or the time-out."""
+        patience = Patience(self.timeout if seconds is None else min(seconds, self.timeout))
         while not is_done():
             self._watch(handle)
             if self._closing:
                 raise self._unavailable("closed")
             if patience.is_over:
-                raise NbdTimeout(self.address.export, what, self.timeout)
+                raise NbdTimeout(self.address.export, what, patience.seconds)
             self._poll(handle, patience)
 
     def _watch(self, handle: Handle) -> None:
@@ -273,7 +217,7 @@ class Connection:
         seen = 0
         for fd, event in ready:
             if fd == self._wake:
-                os.eventfd_read(fd)
+                self._hush()
             else:
                 seen = event
         if patience is not None:
@@ -283,6 +227,72 @@ class Connection:
         elif seen:
             handle.aio_notify_write()
         return bool(seen & ~select.POLLIN)
+
+
+class Connection(Wire):
+    """One connection for reads and its thread. `opened` tells when it is up, or why it is not.
+
+    One that broke keeps the reason in `error`, and stays broken.
+    """
+
+    def __init__(self, address: Address, *, timeout: float, size: int | None = None) -> None:
+        super().__init__(address, timeout, size)
+        self.error: BackupfsError | None = None
+        self.requests = 0
+        self.bytes = 0
+        self._answered: list[tuple[Request, int]] = []  # with the error number, or 0
+        self._opening = Request(0, 0, bytearray())
+        self._thread.start()
+
+    async def opened(self) -> None:
+        """Wait until the connection is up; raise NbdUnavailable, NbdTimeout, NbdProtocolError."""
+        await self._opening.wait()
+
+    def submit(self, request: Request) -> None:
+        """Queue a read of LONGEST at most; its buffer belongs to the connection until it is done."""
+        self._queue.append(request)
+        if self._sleeping:
+            self._ring()
+        if self.error is not None:
+            self._fail_queued(self.error)  # the thread has ended and looks no more
+
+    # --- the thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        in_flight: dict[Request, int] = {}
+        error = self._live(in_flight)
+        # The handle is gone, and with it libnbd's hold on the buffers: only now are the requests
+        # done. The error stands before anybody wakes up and looks for the broken connection.
+        self.error = error
+        self._opening.finish(self._token, error)
+        for request in in_flight:
+            request.finish(self._token, error)
+        self._fail_queued(error)
+
+    def _live(self, in_flight: dict[Request, int]) -> BackupfsError:
+        """Connect and serve until closed or broken; return why it ended, with no handle left."""
+        error: BackupfsError
+        try:
+            handle = self._connect()
+            self._check(handle)
+            self._opening.finish(self._token, None)
+            self._serve(handle, in_flight)
+            error = self._unavailable("closed")
+        except BackupfsError as caught:
+            error = caught
+        except nbd.Error as caught:
+            error = self._unavailable(str(caught))
+        except Exception as caught:
+            log.exception("%s: unexpected, in the connection's thread", self.address.export)
+            error = self._unavailable(f"unexpected: {caught!r}")
+        # Its frames hold the handle.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        return error
+
+    def _fail_queued(self, error: BackupfsError) -> None:
+        while self._queue:
+            with contextlib.suppress(IndexError):  # the other thread was quicker
+                self._queue.popleft().finish(self._token, error)
 
     # --- reads -------------------------------------------------------------------------------
 
@@ -356,41 +366,3 @@ class Connection:
 
     def _read_failed(self, request: Request, error: Any) -> NbdReadFailed:
         return NbdReadFailed(self.address.export, request.offset, request.length, str(error))
-
-    # --- the map -----------------------------------------------------------------------------
-
-    def _fetch_map(self) -> None:
-        """Fetch the disk's map; it only saves work, so where it can't be had all is data."""
-        handle = self._connect(structured=True)
-        self._check(handle)
-        size = handle.get_size()
-        try:
-            if not handle.can_meta_context(CONTEXT):
-                self.why_no_extents = "the NBD server does not tell allocation"
-                return
-            first = self._walk(handle, size, size)
-            second = self._walk(handle, size, first.stop)
-            self.extents, self.why_no_extents = agree(first.extents, second.extents), first.why or second.why
-            with contextlib.suppress(nbd.Error):
-                handle.aio_disconnect(0)
-        except Unbelievable as error:
-            self.why_no_extents = str(NbdProtocolError(self.address.export, str(error)))
-        except (BackupfsError, nbd.Error) as error:
-            self.why_no_extents = str(error)
-
-    def _walk(self, handle: Handle, size: int, stop: int) -> Told:
-        deadline = time.monotonic() + MAP_SECONDS
-
-        def ask(offset: int, length: int) -> list[Answer]:
-            answers: list[Answer] = []
-
-            def collect(context: str, start: int, entries: list[int], _error: Any) -> int:
-                if len(answers) < 2:  # one is right, two are a lie; no more are kept
-                    answers.append(Answer(context, start, entries))
-                return 0
-
-            cookie = handle.aio_block_status(length, offset, collect)
-            self._drive(handle, lambda: len(answers) > 1 or handle.aio_command_completed(cookie), "mapping")
-            return answers
-
-        return walk(size, ask, stop=stop, may_go_on=lambda: time.monotonic() < deadline)

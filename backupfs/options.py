@@ -25,6 +25,7 @@ from typing import Any, Final
 from backupfs.errors import UsageError
 
 MOST_CONNECTIONS: Final = 16
+LEAST_RATE: Final = 2**16  # bytes a second: a block of 1 MiB takes 16 s
 LONGEST_SECONDS: Final = 10 * 365 * 86400.0
 HELP_WIDTH: Final = 100
 NO_ID: Final = 2**32 - 1  # as a user or a group it means "none"
@@ -60,6 +61,7 @@ class Options:
     idle: float = 900.0
     idle_max: float = 12 * 3600.0
     scratch: str | None = None
+    rate: int | None = None
     connections: int = 2
     timeout: float = 30.0
     allow_other: bool = False
@@ -120,6 +122,19 @@ def _seconds(text: str) -> float:
 def _positive_seconds(text: str) -> float:
     if (value := _seconds(text)) <= 0:
         raise ValueError("must be more than 0")
+    return value
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMGT])?", text)
+    if match is None:
+        raise ValueError("is not a size; write 65536, 64K, 50M or 1G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def _rate(text: str) -> int:
+    if (value := _size(text)) < LEAST_RATE:
+        raise ValueError(f"is less than {LEAST_RATE // 1024}K a second; a read would take for ever")
     return value
 
 
@@ -218,6 +233,7 @@ OPTIONS: Final = (
         _seconds,
     ),
     Word("scratch", "DIR", "where QEMU saves old blocks", "beside each disk", _folder),
+    Word("rate", "SIZE", "read no more than so many bytes a second from all disks together", "no limit", _rate),
     Word("connections", "N", f"NBD connections for each disk, 1 to {MOST_CONNECTIONS}", "2", _connections),
     Word(
         "timeout",

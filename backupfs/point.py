@@ -43,7 +43,9 @@ from backupfs.image import RawImage
 from backupfs.nbdclient import Address
 from backupfs.options import Options
 from backupfs.quiesce import Quiesced, open_freezer, thaw_left_over
+from backupfs.rate import Bucket
 from backupfs.state import JobRecord, State, next_instant
+from backupfs.window import BLOCK
 
 log = logging.getLogger("backupfs.point")
 
@@ -172,6 +174,7 @@ async def open_point(
         async def allow_reconnect() -> bool:
             return await _is_ours(domain, socket, on_lost)
 
+        bucket = Bucket(options.rate, BLOCK) if options.rate is not None else None
         exports: dict[str, Export] = {}
         for disk in seen.selection.taking:
             exports[disk.target] = await stack.enter_async_context(
@@ -180,8 +183,11 @@ async def open_point(
                     connections=options.connections,
                     timeout=options.timeout,
                     allow_reconnect=allow_reconnect,
+                    bucket=bucket,
                 )
             )
+        if bucket is not None:
+            stack.callback(bucket.close)
         files = {"domain.xml": restore_xml.encode()}
         left_out = dict(seen.selection.left_out)
         if nvram is not None:

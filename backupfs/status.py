@@ -40,6 +40,7 @@ class DiskStatus:
     connections: int
     reconnects: int
     extents: int
+    mapped: int  # less than size where the map is huge; then allocated is a guess
     why_no_extents: str | None
     scratch: str
     scratch_free: int | None
@@ -73,6 +74,7 @@ class Snapshot:
     frozen_filesystems: int | None
     scratch_used: int | None
     disks: Mapping[str, DiskStatus]
+    rate_limit: int | None  # bytes a second
     read_ahead: int  # bytes; what the kernel asks for at a time
     sparse_seeks: bool  # SEEK_HOLE is told the truth, not "all data"
     control: str
@@ -141,9 +143,11 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         *_metric("frozen_seconds", "gauge", "For how long it was frozen.", one(frozen)),
         *_metric("scratch_used_bytes", "gauge", "Old blocks saved by QEMU.", one(snapshot.scratch_used)),
         *_metric("scratch_free_bytes", "gauge", "Room left where they are saved.", each("scratch_free")),
+        *_metric("rate_limit_bytes", "gauge", "Bytes a second that may be read.", one(snapshot.rate_limit)),
         *_metric("disk_size_bytes", "gauge", "The disk's size.", each("size")),
         *_metric("disk_allocated_bytes", "gauge", "What of it is not zero.", each("allocated")),
         *_metric("disk_extents", "gauge", "Runs of data and of zeros in its map.", each("extents")),
+        *_metric("disk_mapped_bytes", "gauge", "What of it is mapped by now.", each("mapped")),
         *_metric("disk_connections", "gauge", "NBD connections.", each("connections")),
         *_metric("disk_read_bytes_total", "counter", "Bytes brought over NBD in this point in time.", each("read")),
         *_metric("disk_requests_total", "counter", "NBD reads in this point in time.", each("requests")),
@@ -202,6 +206,8 @@ def _head(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if status["idle"]:
             yield "ends", f"when unused for {duration_text(status['idle'])}"
     yield "open files", f"{status['open_files']}; last request {duration_text(status['unused_for'])} ago"
+    if status["rate_limit"] is not None:
+        yield "rate limit", f"{size_text(status['rate_limit'])}/s"
     if status["scratch_used"] is not None:
         yield "scratch used", size_text(status["scratch_used"])
     yield "log", status["log"]
@@ -243,5 +249,8 @@ def render_table(status: Mapping[str, Any], console: Console) -> None:
             f" {size_text(READ_AHEAD)}, see README"
         )
     for target, disk in status["disks"].items():
+        if disk["mapped"] < disk["size"] and not disk["why_no_extents"]:
+            known = f"{size_text(disk['mapped'])} of {size_text(disk['size'])}"
+            say(f"{target}: {known} are mapped, the rest is when it is read; what is allocated is a guess")
         if disk["why_no_extents"]:
             say(f"{target}: holes are read like data: {disk['why_no_extents']}")

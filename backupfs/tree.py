@@ -289,7 +289,7 @@ class OpenImage:
 
     async def seek(self, offset: int, *, data: bool) -> int | None:
         self.lease.check()
-        return self.image.seek(offset, data=data)
+        return await self.image.seek(offset, data=data)
 
     def close(self) -> None:
         self.lease.release()

@@ -31,7 +31,8 @@ from typing import Final, Protocol
 import trio
 
 from backupfs.connections import Fetch
-from backupfs.extents import ZERO, ExtentMap
+from backupfs.extents import ZERO, Extents
+from backupfs.rate import Bucket, Flow
 
 Buffer = bytes | bytearray | memoryview
 
@@ -52,7 +53,9 @@ class Source(Protocol):
 
     size: int
     alignment: int
-    extents: ExtentMap
+
+    @property
+    def extents(self) -> Extents: ...
 
     def ask(self, offset: int, length: int, buffer: bytearray | memoryview) -> Fetch: ...
 
@@ -79,7 +82,7 @@ class _Block:
 class _Stream:
     """A reader who goes forward."""
 
-    __slots__ = ("ahead", "blocks", "depth", "position", "run", "used")
+    __slots__ = ("ahead", "blocks", "depth", "flow", "paying", "position", "run", "used")
 
     def __init__(self) -> None:
         self.position = 0  # where he is expected next
@@ -88,6 +91,8 @@ class _Stream:
         self.depth: float = NEAR  # what `ahead` grows to
         self.blocks: dict[int, _Block] = {}
         self.used = 0.0
+        self.flow = Flow()
+        self.paying = trio.Lock()  # two of its reads may want the same block
 
     def adapt(self, waited: float) -> None:
         """Look farther ahead for a reader who has waited long, and less far again for one who does not."""
@@ -128,7 +133,7 @@ class Pool:
     def leave(self, block: _Block) -> None:
         """Take the buffer of a block that is in no window any more."""
         if block.is_free:
-            self._give(block.data)
+            self.give(block.data)
         else:
             self._left.append(block)
 
@@ -165,7 +170,8 @@ class Pool:
         self.made += 1
         return bytearray(BLOCK)
 
-    def _give(self, data: bytearray) -> None:
+    def give(self, data: bytearray) -> None:
+        """Take back a buffer that was used for nothing."""
         if self.made > self.most:
             self.made -= 1
         else:
@@ -179,13 +185,16 @@ _joined: Final = bytearray(BLOCK)  # a read that straddles blocks; see `Windows.
 class Windows:
     """The streams of one export."""
 
-    def __init__(self, source: Source, pool: Pool = POOL_OF_ALL) -> None:
+    def __init__(self, source: Source, pool: Pool = POOL_OF_ALL, bucket: Bucket | None = None) -> None:
         self._source = source
         self._pool = pool
+        self._bucket = bucket
+        self._closed = False
         self._streams: OrderedDict[_Stream, None] = OrderedDict()
 
     def close(self) -> None:
         """Give all buffers back. The connections are closed."""
+        self._closed = True
         for stream in self._streams:
             self._pool.forget(stream)
         self._streams.clear()
@@ -239,6 +248,8 @@ class Windows:
         blocks: list[_Block] = []
         try:
             for number in range(first, last + 1):
+                if self._bucket is not None:
+                    await self._pay(self._bucket, stream, number)
                 if (block := self._block(stream, number)) is not None:
                     block.readers += 1
                     blocks.append(block)
@@ -250,7 +261,29 @@ class Windows:
         finally:
             for block in blocks:
                 block.readers -= 1
+            if self._closed:
+                self._pool.forget(stream)  # it came while this reader was paying
         return _join(blocks, offset, length)
+
+    async def _pay(self, bucket: Bucket, stream: _Stream, number: int) -> None:
+        """Wait until a block may be asked for, if it must be; then ask before the next await."""
+        if self._due(stream, number):
+            async with stream.paying:
+                if due := self._due(stream, number):
+                    await bucket.take(stream.flow, due)
+                    # It may have been forgotten meanwhile, and will have a block now.
+                    self._streams[stream] = None
+                    self._pool.touch(stream)
+
+    def _due(self, stream: _Stream, number: int) -> int:
+        """Return how many bytes must be fetched for a block."""
+        block = stream.blocks.get(number)
+        if block is not None and not block.fetch.has_failed:
+            return 0
+        if self._next_data(number * BLOCK) >= min((number + 1) * BLOCK, self._source.size):
+            return 0
+        start, stop = self._trim(number)
+        return stop - start
 
     def _leave_behind(self, stream: _Stream, below: int) -> None:
         for number in [number for number in stream.blocks if number < below]:
@@ -266,6 +299,9 @@ class Windows:
             if number not in stream.blocks:
                 data = self._pool.take_ahead()
                 if data is None:
+                    return
+                if self._bucket is not None and not self._bucket.take_ahead(stream.flow, self._due(stream, number)):
+                    self._pool.give(data)
                     return
                 self._ask(stream, number, data)
 

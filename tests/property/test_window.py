@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backupfs.connections import Fetch
+from backupfs.diskmap import DiskMap
 from backupfs.errors import BackupfsError, NbdReadFailed
 from backupfs.export import Export, resolve
-from backupfs.extents import ZERO, Builder, ExtentMap
+from backupfs.extents import ZERO, Builder
 from backupfs.image import RawImage
 from backupfs.nbdclient import Request
 from backupfs.window import BLOCK, Pool, Windows
@@ -27,7 +28,7 @@ PIECE = 64 * 1024
 class Source:
     """Answers when told to; complains when a buffer is handed to it that it still has."""
 
-    extents: ExtentMap
+    extents: DiskMap
     alignment: int
     chance: random.Random
     is_broken: bool = False
@@ -103,7 +104,7 @@ def test_readers_get_the_right_bytes_whatever_the_source_does(
     builder = Builder(sum(length for length, _ in pieces) * PIECE + tail)
     for length, flags in pieces:
         builder.append(length * PIECE, flags)
-    source = Source(builder.finish(ZERO), alignment, chance)
+    source = Source(DiskMap(builder.finish(ZERO)), alignment, chance)
     pool = Pool(buffers)
 
     async def main() -> None:

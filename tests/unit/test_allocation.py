@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from backupfs.allocation import CONTEXT, STATUS_LENGTH, Answer, Unbelievable, agree, walk
+from backupfs.allocation import CONTEXT, FIRST_LENGTH, STATUS_LENGTH, Answer, Unbelievable, agree, walk
+from backupfs.errors import NbdUnavailable
 from backupfs.extents import ZERO, Builder, ExtentMap, uniform
 
 HOLE = 1
@@ -32,8 +33,10 @@ def test_thin_tebibyte_is_asked_for_in_few_requests() -> None:
 
     told = walk(TIB, ask)
     assert list(told.extents) == [(0, TIB, ZERO)]
-    assert len(asked) == 257
-    assert asked[-1] == (256 * STATUS_LENGTH, TIB - 256 * STATUS_LENGTH)
+    assert asked[::2] == asked[1::2]
+    assert len(asked) == 2 * 257
+    rest = TIB - FIRST_LENGTH - 255 * STATUS_LENGTH
+    assert asked[-1] == (TIB - rest, rest)
     assert (told.stop, told.why) == (TIB, None)
 
 
@@ -76,27 +79,61 @@ def test_number_of_extents_is_bounded_and_the_rest_is_data() -> None:
     assert len(told.extents) == 11
     assert list(told.extents)[-2:] == [(9, 10, ZERO), (10, 1000, 0)]
     assert told.stop == 10
-    assert told.why == "more than 10 extents; from byte 10 on everything is read"
+    assert (told.why, told.is_full) == ("it has more than 10 extents", True)
 
 
 def test_slow_server_is_not_asked_for_ever() -> None:
-    turns = iter([True, True, False])
+    turns = iter([True, True, False])  # one for each stretch
     told = walk(100, lambda offset, _: one(1, ZERO, offset=offset), may_go_on=lambda: next(turns))
     assert list(told.extents) == [(0, 2, ZERO), (2, 100, 0)]
     assert told.why is not None
     assert "slow" in told.why
 
 
-def test_second_walk_goes_no_farther_than_the_first() -> None:
-    told = walk(100, lambda offset, length: one(length, ZERO, offset=offset), stop=60)
-    assert list(told.extents) == [(0, 60, ZERO), (60, 100, 0)]
-    assert told.why is None
-
-
-def test_zero_is_what_both_walks_called_so() -> None:
+def test_zero_is_what_both_answers_called_so() -> None:
+    answers = iter([one(10, ZERO, 20, 0), one(5, ZERO, 20, 0, 9, ZERO), one(1, ZERO, offset=30), one(5, 0, offset=30),
+                    one(4, ZERO, offset=31), one(4, ZERO, offset=31)])  # fmt: skip
+    told = walk(35, lambda *_: next(answers))
+    # Each goes only as far as both do.
+    assert list(told.extents) == [(0, 5, ZERO), (5, 31, 0), (31, 35, ZERO)]
     first, second = zeros((10, ZERO), (20, 0)), zeros((5, ZERO), (20, 0), (5, ZERO))
     assert list(agree(first, second)) == [(0, 5, ZERO), (5, 30, 0)]
-    assert agree(first, zeros((10, ZERO), (20, 0))) is first
+
+
+def test_answers_with_very_many_extents_are_followed_by_shorter_questions() -> None:
+    asked: list[tuple[int, int]] = []
+    tiny = 2**14
+
+    def ask(offset: int, length: int) -> Sequence[Answer]:
+        asked.append((offset, length))
+        # Thin, then finely fragmented, then thin again.
+        if 2**33 <= offset < 2**34:
+            return one(*[tiny, 0, tiny, ZERO] * (length // tiny // 2), offset=offset)
+        return one(min(length, 2**33 - offset if offset < 2**33 else length), HOLE | ZERO, offset=offset)
+
+    told = walk(2**36, ask, most=2**40, may_go_on=lambda: len(asked) < 20)
+    assert told.stop > 2**33
+    lengths = [length for offset, length in asked[::2] if offset >= 2**33]
+    assert lengths[0] == STATUS_LENGTH
+    assert set(lengths[1:]) == {2**16 * tiny}
+
+
+def test_failure_ends_the_map_where_it_happened() -> None:
+    def ask(offset: int, length: int) -> Sequence[Answer]:
+        if offset:
+            raise NbdUnavailable("vda", "cut")
+        return one(10, ZERO)
+
+    told = walk(100, ask)
+    assert list(told.extents) == [(0, 10, ZERO), (10, 100, 0)]
+    assert (told.stop, told.why, told.is_full) == (10, "vda: no NBD connection: cut", False)
+
+
+@pytest.mark.parametrize("bad", [(30, 0, 1, 0), (10, 0, 0, 0)])
+def test_second_answer_is_looked_at_as_closely(bad: tuple[int, ...]) -> None:
+    answers = iter([one(30, 0), one(*bad)])
+    with pytest.raises(Unbelievable):
+        walk(30, lambda *_: next(answers))
 
 
 def test_empty_disk_is_not_asked_about() -> None:

@@ -18,28 +18,28 @@ def test_literal_knows_its_length() -> None:
     assert Literal(b"abc").length == 3
 
 
-def test_a_hole_ends_at_data_and_the_end_of_the_image_is_a_hole() -> None:
+async def test_a_hole_ends_at_data_and_the_end_of_the_image_is_a_hole() -> None:
     builder = Builder(30)
     for flags in (DIRTY, ZERO, ZERO | DIRTY, 0):
         builder.append(10 if not flags else 5 if flags & ZERO else 10, flags)
     image = RawImage("vda", builder.finish())
-    assert [image.seek(offset, data=True) for offset in (0, 9, 10, 19, 20, 29, 30, 31, -1)] == [
+    assert [await image.seek(offset, data=True) for offset in (0, 9, 10, 19, 20, 29, 30, 31, -1)] == [
         0, 9, 20, 20, 20, 29, None, None, None,
     ]  # fmt: skip
-    assert [image.seek(offset, data=False) for offset in (0, 9, 10, 19, 20, 29, 30, 31, -1)] == [
+    assert [await image.seek(offset, data=False) for offset in (0, 9, 10, 19, 20, 29, 30, 31, -1)] == [
         10, 10, 10, 19, 30, 30, None, None, None,
     ]  # fmt: skip
 
 
-def test_no_data_is_found_in_a_hole_that_reaches_to_the_end() -> None:
+async def test_no_data_is_found_in_a_hole_that_reaches_to_the_end() -> None:
     image = RawImage("vda", uniform(10, ZERO))
-    assert [image.seek(offset, data=True) for offset in (0, 9)] == [None, None]
-    assert [image.seek(offset, data=False) for offset in (0, 9)] == [0, 9]
+    assert [await image.seek(offset, data=True) for offset in (0, 9)] == [None, None]
+    assert [await image.seek(offset, data=False) for offset in (0, 9)] == [0, 9]
 
 
-def test_a_dense_file_answers_as_an_image_without_zeros_does() -> None:
+async def test_a_dense_file_answers_as_an_image_without_zeros_does() -> None:
     image = RawImage("vda", uniform(10, DIRTY))
     for offset in range(-1, 12):
         for data in (True, False):
-            assert seek_dense(10, offset, data=data) == image.seek(offset, data=data)
+            assert seek_dense(10, offset, data=data) == await image.seek(offset, data=data)
     assert seek_dense(0, 0, data=True) is seek_dense(0, 0, data=False) is None

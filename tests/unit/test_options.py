@@ -19,12 +19,12 @@ def test_no_options_are_the_defaults() -> None:
 
 def test_every_option_is_taken_and_has_an_effect() -> None:
     found = parse_options([
-        "uri=qemu:///system,begin=command,idle=5m,idle-max=1d,scratch=/var/x/../y,connections=4,timeout=2.5",
+        "uri=qemu:///system,begin=command,idle=5m,idle-max=1d,scratch=/var/x/../y,connections=4,timeout=2.5,rate=50M",
         "quiesce=require,uid=nobody,gid=5,umask=027,allow_other,debug,disks=vda:vdb,exclude=vdc",
     ])  # fmt: skip
     assert found == Options(
         uri="qemu:///system", begin="command", quiesce=Quiesce("require"),
-        idle=300, idle_max=86400, scratch="/var/y", connections=4, timeout=2.5,
+        idle=300, idle_max=86400, scratch="/var/y", connections=4, timeout=2.5, rate=50 * 2**20,
         uid=65534, gid=5, umask=0o27, allow_other=True, debug=True, disks=("vda", "vdb"), exclude=("vdc",),
     )  # fmt: skip
     assert (found.folder_mode, found.file_mode) == (0o550, 0o440)
@@ -165,3 +165,16 @@ def test_defaults_are_told_as_they_are() -> None:
 
 def test_a_folder_is_one_path_however_it_is_written() -> None:
     assert {parse_options(f"scratch={path}").scratch for path in ("/a/b", "//a//b/", "/a/./b", "/a/c/../b")} == {"/a/b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("65536", 65536), ("64K", 65536), ("1.5M", 3 * 2**19), ("2G", 2**31), ("1T", 2**40)]
+)
+def test_rate_is_a_size(text: str, bytes_: int) -> None:
+    assert parse_options(f"rate={text}").rate == bytes_
+
+
+@pytest.mark.parametrize("text", ["0", "63K", "-1M", "50m", "50MB", "M", "1e9", "1.M", "٣M", "9" * 400])
+def test_rate_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"option rate=.*(is not a size|is less than 64K a second)"):
+        parse_options(f"rate={text}")

@@ -24,13 +24,14 @@ from backupfs.status import (
     size_text,
 )
 
-DISK = DiskStatus(2**30, 2**20, 4096, 512.0, 3, 2, 1, 9, None, "/i/s", 2**33)
+DISK = DiskStatus(2**30, 2**20, 4096, 512.0, 3, 2, 1, 9, 2**30, None, "/i/s", 2**33)
 SNAPSHOT = Snapshot(
     version="1", pid=7, mount_point="/mnt", domain='we"b\n1', uuid="u", uri="qemu:///system", source="live",
     state="running", instant=1700000000, age=75.0, point="j", socket="/s", why={"sda": "a cdrom; nothing"},
     open_files=2, holders=(5,), unused_for=3.0, idle=900.0, idle_max=43200.0, last_instant=1700000000,
     quiesced=True, frozen_ms=87.4, frozen_filesystems=2,
-    scratch_used=2**21, disks={"vda": DISK}, read_ahead=131072, sparse_seeks=True, control="/c", log="syslog",
+    scratch_used=2**21, disks={"vda": DISK}, rate_limit=2**20, read_ahead=131072, sparse_seeks=True, control="/c",
+    log="syslog",
 )  # fmt: skip
 
 
@@ -159,6 +160,15 @@ def test_table_does_what_no_name_says() -> None:
     for word in (r"a\x1b[2Jb\n", "[bold]x", r":smile:: [red]\x9b2J"):
         assert word in text
     assert "\x1b" not in text
+
+
+def test_table_says_how_much_of_a_huge_map_there_is_and_what_the_rate_may_be() -> None:
+    huge = replace(DISK, size=2**40, mapped=2**39)
+    text = shown(replace(SNAPSHOT, disks={"vda": huge}))
+    assert "vda: 512.0 GiB of 1.0 TiB are mapped" in text
+    assert "rate limit:   1.0 MiB/s" in text
+    assert "mapped" not in shown(SNAPSHOT)
+    assert "rate limit" not in shown(replace(SNAPSHOT, rate_limit=None))
 
 
 def test_table_says_why_holes_cost_time() -> None:

@@ -11,10 +11,12 @@ import trio
 import trio.testing
 
 from backupfs.connections import Fetch
+from backupfs.diskmap import DiskMap
 from backupfs.errors import NbdReadFailed, NbdUnavailable
 from backupfs.export import Export
 from backupfs.extents import ZERO, Builder, ExtentMap, uniform
 from backupfs.nbdclient import Request
+from backupfs.rate import Bucket
 from backupfs.window import BLOCK, FAR, LATE, NEAR, POOL, STREAMS, SURE, Pool, Windows, align
 
 KIB = 2**10
@@ -36,7 +38,7 @@ class Held:
     def __init__(self, extents: ExtentMap, *, at_once: bool = True) -> None:
         self.size = extents.size
         self.alignment = 1
-        self.extents = extents
+        self.extents = DiskMap(extents)
         self.at_once = at_once
         self.asked: list[tuple[int, int]] = []
         self.held: list[Request] = []
@@ -88,10 +90,10 @@ def pool() -> Iterator[Pool]:
 class Reader:
     """Reads a source like `Export` does, with a pool of its own."""
 
-    def __init__(self, source: Held, pool: Pool) -> None:
+    def __init__(self, source: Held, pool: Pool, bucket: Bucket | None = None) -> None:
         self.source = source
-        self.windows = Windows(source, pool)
-        self.export = Export(source)  # type: ignore[arg-type]  # has what Export uses
+        self.windows = Windows(source, pool, bucket)
+        self.export = Export(source, bucket)  # type: ignore[arg-type]  # has what Export uses
         self.export._windows = self.windows
         source.is_broken = False  # type: ignore[attr-defined]
 
@@ -347,3 +349,64 @@ async def test_window_is_deeper_for_a_server_that_is_slow(pool: Pool, mock_clock
         for number in range(20, 100):
             await reader.check(number * BLOCK, BLOCK)
         assert ahead(99) == NEAR
+
+
+async def test_all_that_is_fetched_is_paid_for_once(pool: Pool, autojump_clock: trio.testing.MockClock) -> None:
+    bucket = Bucket(4 * BLOCK, BLOCK)
+    source = Held(uniform(40 * BLOCK))
+    async with Reader(source, pool, bucket) as reader, trio.open_nursery() as nursery:
+        begun = trio.current_time()
+
+        async def read(start: int) -> None:
+            for offset in (start * BLOCK, start * BLOCK + 64 * KIB):
+                await reader.check(offset, 64 * KIB)
+            for offset in range(start * BLOCK + 128 * KIB, (start + 10) * BLOCK, 128 * KIB):
+                # As the kernel does: two at a time, of one block mostly.
+                async with trio.open_nursery() as two:
+                    two.start_soon(reader.check, offset, 64 * KIB)
+                    two.start_soon(reader.check, offset + 64 * KIB, 64 * KIB)
+
+        nursery.start_soon(read, 0)
+        nursery.start_soon(read, 20)
+    assert source.fetched <= 24 * BLOCK
+    assert trio.current_time() - begun == pytest.approx((source.fetched / BLOCK - 1) / 4, rel=0.05)
+
+
+async def test_zeros_are_not_paid_for(pool: Pool, autojump_clock: trio.testing.MockClock) -> None:
+    begun = trio.current_time()
+    found = islands()
+    async with Reader(Held(found), pool, Bucket(BLOCK, BLOCK)) as reader:
+        for start, stop, flags in found:
+            if not flags & ZERO:
+                await reader.check(start, stop - start)
+        assert reader.source.fetched == 10 * 64 * KIB
+    builder = Builder(8 * BLOCK)
+    builder.append(BLOCK // 4, 0)
+    async with Reader(Held(builder.finish(ZERO)), pool, Bucket(BLOCK, BLOCK)) as reader:
+        reader.windows.follow(0, SURE)
+        await reader.check(SURE, 3 * BLOCK)
+        assert reader.source.fetched == BLOCK // 4
+    assert trio.current_time() == begun  # a burst, of 40 MiB
+
+
+async def test_readers_who_pay_lose_no_buffer_when_streams_come_and_go(
+    pool: Pool, autojump_clock: trio.testing.MockClock
+) -> None:
+    bucket = Bucket(BLOCK, BLOCK)
+    async with Reader(Held(uniform(1000 * BLOCK)), pool, bucket) as reader, trio.open_nursery() as nursery:
+        for start in range(0, 2 * STREAMS * 20, 20):
+            reader.windows.follow(start * BLOCK, BLOCK)
+            nursery.start_soon(reader.check, (start + 1) * BLOCK, BLOCK)
+            await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_reader_who_pays_while_all_is_closed_loses_no_buffer(
+    pool: Pool, autojump_clock: trio.testing.MockClock
+) -> None:
+    source = Held(uniform(100 * BLOCK))
+    async with trio.open_nursery() as nursery:
+        async with Reader(source, pool, Bucket(BLOCK, BLOCK)) as reader:
+            await reader.check(0, BLOCK)
+            reader.windows.follow(10 * BLOCK, BLOCK)
+            nursery.start_soon(reader.check, 11 * BLOCK, BLOCK)
+            await trio.testing.wait_all_tasks_blocked()
