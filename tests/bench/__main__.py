@@ -63,9 +63,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return found
 
 
-def run(stages: Sequence[Stage], names: Sequence[str], quick: bool, rounds: int, console: Console) -> list[Result]:
-    """Measure the groups *names*, stage by stage."""
-    results: list[Result] = []
+def run(
+    stages: Sequence[Stage], names: Sequence[str], quick: bool, rounds: int, console: Console, results: list[Result]
+) -> None:
+    """Measure the groups *names*, stage by stage, and add them to *results* as they are done."""
     folder = Path(tempfile.mkdtemp(prefix="bfb", dir="/tmp"))  # short: sockets lie in it
     folder.chmod(0o755)
     try:
@@ -84,23 +85,10 @@ def run(stages: Sequence[Stage], names: Sequence[str], quick: bool, rounds: int,
                 shutil.rmtree(own)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return results
 
 
-def main(arguments: Sequence[str]) -> int:
-    options = parse_arguments(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    # Into a file or a pipe the table goes whole.
-    console = Console(stderr=options.json == "-")
-    if not console.is_terminal:
-        console.width = WIDTH
-    rounds = options.rounds or (2 if options.quick else 5)
-    try:
-        results = run(STAGES, options.names or NAMES, options.quick, rounds, console)
-    except KeyboardInterrupt:
-        print("contrib/bench: interrupted; everything was cleaned up", file=sys.stderr)
-        return 130
+def tell(results: Sequence[Result], options: argparse.Namespace, console: Console) -> None:
+    """Write what was measured, be it all or not."""
     told = machine()
     if options.json == "-":
         sys.stdout.write(render_lines(results, told))
@@ -114,7 +102,27 @@ def main(arguments: Sequence[str]) -> int:
     if options.quick:
         console.print("--quick: these figures say nothing but that it works", highlight=False)
     console.print(render_table(results))
-    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse_arguments(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    # Into a file or a pipe the table goes whole.
+    console = Console(stderr=options.json == "-")
+    if not console.is_terminal:
+        console.width = WIDTH
+    rounds = options.rounds or (2 if options.quick else 5)
+    results: list[Result] = []
+    status = 0
+    try:
+        run(STAGES, options.names or NAMES, options.quick, rounds, console, results)
+    except KeyboardInterrupt:
+        print("contrib/bench: interrupted; everything was cleaned up; this was done by then:", file=sys.stderr)
+        status = 130
+    finally:
+        tell(results, options, console)
+    return status
 
 
 if __name__ == "__main__":
