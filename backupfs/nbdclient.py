@@ -328,8 +328,9 @@ class Connection(Wire):
 
     def _send(self, handle: Handle, request: Request, in_flight: dict[Request, int]) -> None:
         try:
+            # Not in an nbd.Buffer: libnbd 1.14 never lets go of what was made by its from_buffer.
             in_flight[request] = handle.aio_pread(
-                nbd.Buffer.from_buffer(request.buffer), request.offset, functools.partial(self._note, request)
+                request.buffer, request.offset, functools.partial(self._note, request)
             )
         except nbd.Error as error:
             if handle.aio_is_dead() or handle.aio_is_closed():

@@ -14,6 +14,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket as sockets
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ _PR_SET_PDEATHSIG = 1
 def _die_with_parent() -> None:
     # Else a test run that is killed would leave the daemon, and the daemon its guests.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _listens(path: Path) -> bool:
+    # That the socket is there is not enough: on a busy machine it may be bound and not listen yet.
+    with sockets.socket(sockets.AF_UNIX) as trying:
+        return trying.connect_ex(str(path)) == 0
 
 
 @dataclass(eq=False)
@@ -99,7 +106,7 @@ class Libvirt:
             )
         self._daemons.append(daemon)
         deadline = time.monotonic() + START_SECONDS
-        while not socket.exists():
+        while not _listens(socket):
             if daemon.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{program} did not start: {(self.folder / f'{program}.log').read_text()}")
             time.sleep(0.01)  # the daemon is not ours to be told by, and inotify is not in the standard library

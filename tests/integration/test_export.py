@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -568,6 +569,21 @@ async def test_memory_is_bounded_while_many_stream(folder: Path) -> None:
                     for start in range(0, 500 * MIB, 100 * MIB):
                         nursery.start_soon(read, export, start)
             assert window.POOL_OF_ALL.made <= window.POOL + 20 * 2
+
+
+async def test_memory_of_what_was_read_is_given_back(folder: Path) -> None:
+    with pattern(folder) as server:
+        async with opened(server.address) as export:
+            chance = random.Random(3)
+            tracemalloc.start()
+            try:
+                for _ in range(100):
+                    await check(export, chance.randrange(0, export.size - MIB, 2 * MIB), 256 * KIB)
+                kept, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert export.bytes_read == 100 * 256 * KIB
+            assert kept < 2 * MIB
 
 
 # --- the map ---------------------------------------------------------------------------------------
