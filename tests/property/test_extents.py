@@ -60,13 +60,13 @@ def test_combining_is_byte_by_byte(one: list[tuple[int, int]], other: list[tuple
 
 
 @given(runs)
-def test_seeks_walk_over_exactly_the_bytes_that_are_not_zero(pieces: list[tuple[int, int]]) -> None:
+async def test_seeks_walk_over_exactly_the_bytes_that_are_not_zero(pieces: list[tuple[int, int]]) -> None:
     found, plain = built(pieces)
     image = RawImage(None, found)
     seen = bytearray(len(plain))
     position = 0
-    while (start := image.seek(position, data=True)) is not None:
-        stop = image.seek(start, data=False)
+    while (start := await image.seek(position, data=True)) is not None:
+        stop = await image.seek(start, data=False)
         assert stop is not None
         assert position <= start < stop
         seen[start:stop] = b"\1" * (stop - start)
