@@ -44,7 +44,7 @@ class OpenDisk:
         return await resolve(self.image, offset, length)
 
     async def seek(self, offset: int, *, data: bool) -> int | None:
-        return self.image.seek(offset, data=data)
+        return await self.image.seek(offset, data=data)
 
     def close(self) -> None: ...
 
