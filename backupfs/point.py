@@ -39,6 +39,7 @@ from backupfs.errors import (
     NoSuchDomain,
 )
 from backupfs.export import Export, open_export
+from backupfs.forms import Forms
 from backupfs.image import RawImage
 from backupfs.nbdclient import Address
 from backupfs.options import Options
@@ -79,8 +80,8 @@ class Point:
     began: float
     took: float
     instant: int
-    files: Mapping[str, bytes]
-    images: Mapping[str, RawImage[Export]]
+    images: Mapping[str, RawImage[Export]]  # the disks, by target
+    forms: Forms[Export]
     exports: Mapping[str, Export]
     scratches: Mapping[str, str]
     left_out: Mapping[str, domainxml.Reason]
@@ -188,22 +189,25 @@ async def open_point(
             )
         if bucket is not None:
             stack.callback(bucket.close)
-        files = {"domain.xml": restore_xml.encode()}
+        files = {}
         left_out = dict(seen.selection.left_out)
         if nvram is not None:
             files["nvram.fd"] = nvram
         elif nvram_reason is not None:
             left_out["nvram"] = nvram_reason
+        images = {target: RawImage(export, export.extents) for target, export in exports.items()}
+        took = trio.current_time() - started
+        instant = await _label(domain.name, state)
         yield Point(
             generation=generation,
             domain=domain.name,
             job_id=job_id,
             socket=socket,
             began=began,
-            took=trio.current_time() - started,
-            instant=await _label(domain.name, state),
-            files=files,
-            images={target: RawImage(export, export.extents) for target, export in exports.items()},
+            took=took,
+            instant=instant,
+            images=images,
+            forms=Forms(domain.name, domain.uuid, instant, restore_xml, files, images),
             exports=exports,
             scratches=scratches,
             left_out=left_out,

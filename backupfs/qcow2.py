@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -193,9 +192,7 @@ def _words(
         words[start - first : stop - first] = array("Q", range(offset, offset + (stop - start) * cluster, cluster))
     for start, stop in zeros:
         words[start - first : stop - first] = array("Q", [READS_AS_ZERO]) * (stop - start)
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words.tobytes()
+    return struct.pack(f">{len(words)}Q", *words)
 
 
 # --- the header ----------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ import trio
 from backupfs import domainxml
 from backupfs.errors import BackupfsError, NoSuchFile, PointLost, PointOver
 from backupfs.export import Export, resolve
-from backupfs.image import RawImage
+from backupfs.forms import FORMS, Form
+from backupfs.image import Image
 from backupfs.job import Job, Lease
 from backupfs.nodes import Attributes, Buffer, Node, OpenBytes, OpenFile, OpenFolder
 from backupfs.point import Point
@@ -107,7 +108,7 @@ class Root:
     path: str = "/"
 
     async def attributes(self) -> Attributes:
-        return Attributes(0, self.tree.now, links=4)
+        return Attributes(0, self.tree.now, links=3 + len(FORMS))
 
     def xattrs(self) -> Mapping[str, str]:
         return {**self.tree.xattrs(), "state": self.tree.job.state.value}
@@ -126,7 +127,7 @@ class Root:
     def _entries(self) -> list[tuple[str, Node]]:
         return [
             ("domain.xml", LiveXml(self.tree)),
-            ("raw", PointFolder(self.tree, "raw", self.tree.job.generation)),
+            *((form, PointFolder(self.tree, form, self.tree.job.generation)) for form in FORMS),
             ("checkpoints", Checkpoints(self.tree)),
         ]
 
@@ -167,11 +168,13 @@ class PointFolder:
             job.touch_if_lost()
             raise PointOver(job.domain.name, job.record.last_instant)
 
-    async def _point(self) -> Point:
+    async def _look(self) -> tuple[Point, Form[Export]]:
         self._check()
         point = await self.tree.job.look()
         self._check()  # the wait may have been for the end of the one and the begin of the next
-        return point
+        form = await point.forms.get(self.form)
+        self._check()  # the point may have ended while its form was made
+        return point, form
 
     async def attributes(self) -> Attributes:
         self._check()
@@ -186,24 +189,22 @@ class PointFolder:
         return {**self.tree.xattrs(), **_instant(point)}
 
     async def child(self, name: str) -> Node:
-        point = await self._point()
-        for entry, node in self._entries(point):
+        for entry, node in self._entries(*await self._look()):
             if entry == name:
                 return node
         raise NoSuchFile(f"{self.path}/{name}")
 
     async def open(self, pid: int) -> OpenFolder:
-        point = await self._point()
+        point, form = await self._look()
         # Not held by the process: a shell that completed a name would hold the point for its life.
-        return OpenFolder(self._entries(point), self.tree.job.lease(point, pid=0))
+        return OpenFolder(self._entries(point, form), self.tree.job.lease(point, pid=0))
 
-    def _entries(self, point: Point) -> list[tuple[str, Node]]:
+    def _entries(self, point: Point, form: Form[Export]) -> list[tuple[str, Node]]:
         entries: list[tuple[str, Node]] = [
-            (name, PointFile(self.tree, point, f"{self.path}/{name}", data)) for name, data in point.files.items()
+            (name, PointFile(self.tree, point, f"{self.path}/{name}", data)) for name, data in form.files.items()
         ]
-        for target, image in point.images.items():
-            name = f"{target}.raw"
-            entries.append((name, PointImage(self.tree, point, f"{self.path}/{name}", target, image)))
+        for name, disk in form.images.items():
+            entries.append((name, PointImage(self.tree, point, f"{self.path}/{name}", disk.target, disk.image)))
         return entries
 
 
@@ -249,13 +250,13 @@ class PointFile:
 
 @dataclass(frozen=True, slots=True)
 class PointImage:
-    """A whole disk of the point in time."""
+    """A whole disk of the point in time, in one form."""
 
     tree: Tree
     point: Point
     path: str
     target: str
-    image: RawImage[Export]
+    image: Image[Export]
 
     async def attributes(self) -> Attributes:
         _check_point(self.tree, self.point)
@@ -279,7 +280,7 @@ class PointImage:
 class OpenImage:
     """An open disk image."""
 
-    image: RawImage[Export]
+    image: Image[Export]
     lease: Lease
     direct: bool = False
 

@@ -15,6 +15,7 @@ import trio.testing
 
 from backupfs import job as job_module
 from backupfs.errors import DomainNotRunning, NotBegun, PointLost, PointOver
+from backupfs.forms import Forms
 from backupfs.job import QUIET_SECONDS, TRANSITIONS, Event, Job, JobState, open_job
 from backupfs.link import Happening, Kind
 from backupfs.options import Options
@@ -57,8 +58,8 @@ class Backend:
         try:
             yield Point(
                 generation=generation, domain=self.name, job_id="j", socket=f"/s{self.begun}", began=time.time(),
-                took=0.0, instant=self.begun, files={}, images={}, exports={}, scratches={}, left_out={},
-                quiesced=self.quiesced,
+                took=0.0, instant=self.begun, images={}, forms=Forms(self.name, "", self.begun, "<domain/>", {}, {}),
+                exports={}, scratches={}, left_out={}, quiesced=self.quiesced,
             )  # fmt: skip
         finally:
             await trio.lowlevel.checkpoint()
