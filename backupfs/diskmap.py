@@ -113,6 +113,11 @@ class DiskMap:
         return self.iter_range(0, self.size)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether `first` is all that there is to be known."""
+        return self._known == self.size
+
+    @property
     def mapped(self) -> int:
         """How many bytes are known."""
         return self._known + sum(window.stop - window.start for window in self._windows.values())

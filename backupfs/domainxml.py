@@ -116,7 +116,8 @@ class Checkpoint:
     disks: tuple[str, ...] = ()
 
 
-def _parse(xml: str, what: str) -> ET.Element:
+def parse_root(xml: str, what: str) -> ET.Element:
+    """Return the root element, without entities ever being expanded; raise BadXml, which names *what*."""
     try:
         root = defusedxml.ElementTree.fromstring(xml, forbid_dtd=True)
     except (ET.ParseError, DefusedXmlException, ValueError) as error:
@@ -158,13 +159,13 @@ def file_name(name: str) -> str | None:
 
 def parse_host_uuid(capabilities: str) -> str:
     """Return the UUID of libvirt's host; "unknown" where it tells none."""
-    text = _parse(capabilities, "the host's capabilities").findtext("host/uuid")
+    text = parse_root(capabilities, "the host's capabilities").findtext("host/uuid")
     return text.strip().lower() if text and re.fullmatch(r"[0-9a-fA-F-]{1,64}", text.strip()) else "unknown"
 
 
 def parse_domain(xml: str) -> DomainFacts:
     """Read a domain's definition."""
-    root = _parse(xml, "the domain's definition")
+    root = parse_root(xml, "the domain's definition")
     nvram = root.find("os/nvram")
     path = None
     if nvram is not None:
@@ -188,7 +189,7 @@ def parse_domain(xml: str) -> DomainFacts:
 
 def parse_disks(xml: str) -> tuple[Disk, ...]:
     """Read the disks out of a live definition, in its order."""
-    return tuple(_disk(element) for element in _parse(xml, "the domain's definition").findall("devices/disk"))
+    return tuple(_disk(element) for element in parse_root(xml, "the domain's definition").findall("devices/disk"))
 
 
 def _disk(element: ET.Element) -> Disk:
@@ -243,7 +244,7 @@ def _chain(element: ET.Element) -> Iterator[str]:
 
 def parse_backup(xml: str) -> BackupJob:
     """Read a backup job."""
-    root = _parse(xml, "the backup job")
+    root = parse_root(xml, "the backup job")
     server = root.find("server")
     scratches, indexes, exports = {}, {}, {}
     for disk in root.findall("disks/disk"):
@@ -269,7 +270,7 @@ def parse_backup(xml: str) -> BackupJob:
 
 def parse_checkpoint(xml: str) -> Checkpoint:
     """Read a checkpoint."""
-    root = _parse(xml, "the checkpoint")
+    root = parse_root(xml, "the checkpoint")
     return Checkpoint(
         name=root.findtext("name") or "",
         creation_time=_integer(root.findtext("creationTime"), "the checkpoint", 0),
@@ -289,7 +290,7 @@ def strip_secrets(xml: str) -> str:
     secrets are only referred to, by UUID. Where there is none the text is returned as it was, to
     the byte; else prefixes of namespaces, comments and quotes may change, and no meaning.
     """
-    root = _parse(xml, "the definition")
+    root = parse_root(xml, "the definition")
     found = False
     for element in list(root.iter()):
         if element.tag == "graphics":
@@ -304,6 +305,11 @@ def strip_secrets(xml: str) -> str:
             found |= element.attrib.pop("value", None) is not None
     if not found:
         return xml if xml.endswith("\n") else xml + "\n"
+    return render_root(root)
+
+
+def render_root(root: ET.Element) -> str:
+    """Write a definition that was read, and changed since; raise BadXml."""
     try:
         return ET.tostring(root, encoding="unicode") + "\n"
     except RecursionError:

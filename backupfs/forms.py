@@ -2,9 +2,11 @@
 """The forms of a point in time: what its folders show. Each is complete by itself for a restore.
 
     raw/      domain.xml  nvram.fd  vda.raw   …   whole disks, byte for byte
+    qcow2/    domain.xml  nvram.fd  vda.qcow2 …   the same, only what is allocated
 
 A form is made when somebody first looks into it, for a large map takes a second or two; in a
-thread meanwhile others are served. What of it cannot be served is left out, with the reason.
+thread meanwhile others are served. What of it cannot be served is left out, with the reason: so is
+the qcow2 file of a disk whose map is not known as a whole, for where its bytes lie hangs on all of it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ from typing import Final, Generic, TypeVar
 
 import trio
 
+from backupfs import qcow2
+from backupfs.diskmap import DiskMap
 from backupfs.domainxml import Reason
 from backupfs.image import Image, RawImage
+from backupfs.origin import Origin
+from backupfs.qcow2layout import TooLarge
+from backupfs.restorexml import render_restore
 
 S = TypeVar("S")
 
-FORMS: Final = ("raw",)  # a folder's name, its images' suffix, and their format in libvirt's words
+FORMS: Final = ("raw", "qcow2")  # a folder's name, its images' suffix, and their format in libvirt's words
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class Form(Generic[S]):
 
 @dataclass(eq=False)
 class Forms(Generic[S]):
-    """The forms of one point: of its *disks* by target, its *definition*, and *files* besides."""
+    """The forms of one point: of its *disks* and their *maps* by target, its *definition*, and *files* besides."""
 
     domain: str
     uuid: str
@@ -50,6 +57,7 @@ class Forms(Generic[S]):
     definition: str
     files: Mapping[str, bytes]
     disks: Mapping[str, RawImage[S]]
+    maps: Mapping[str, DiskMap]
     _made: dict[str, Form[S]] = field(default_factory=dict)
     _making: trio.Lock = field(default_factory=trio.Lock)
 
@@ -70,5 +78,16 @@ class Forms(Generic[S]):
         images: dict[str, DiskImage[S]] = {}
         left_out: dict[str, Reason] = {}
         for target, disk in self.disks.items():
-            images[f"{target}.{name}"] = DiskImage(target, disk)
-        return Form({"domain.xml": self.definition.encode(), **self.files}, images, left_out)
+            try:
+                images[f"{target}.{name}"] = DiskImage(target, disk if name == "raw" else self._qcow2(target, disk))
+            except TooLarge as error:
+                left_out[f"{target}.{name}"] = Reason(str(error), f"copy raw/{target}.raw")
+        definition = render_restore(self.definition, self.disks, name)
+        return Form({"domain.xml": definition.encode(), **self.files}, images, left_out)
+
+    def _qcow2(self, target: str, disk: RawImage[S]) -> Image[S]:
+        if not self.maps[target].is_whole:
+            raise TooLarge("its map of what is allocated is too large to be known as a whole")
+        origin = Origin(self.domain, self.uuid, target, self.instant)
+        # `first` never changes, so another thread may walk it.
+        return qcow2.whole(disk.source, self.maps[target].first, origin)

@@ -196,6 +196,7 @@ async def open_point(
         elif nvram_reason is not None:
             left_out["nvram"] = nvram_reason
         images = {target: RawImage(export, export.extents) for target, export in exports.items()}
+        maps = {target: export.extents for target, export in exports.items()}
         took = trio.current_time() - started
         instant = await _label(domain.name, state)
         yield Point(
@@ -207,7 +208,7 @@ async def open_point(
             took=took,
             instant=instant,
             images=images,
-            forms=Forms(domain.name, domain.uuid, instant, restore_xml, files, images),
+            forms=Forms(domain.name, domain.uuid, instant, restore_xml, files, images, maps),
             exports=exports,
             scratches=scratches,
             left_out=left_out,

@@ -26,7 +26,7 @@ LARGEST_TABLE: Final = 2**23  # [Host cluster management] "implementation limit 
 
 
 class TooLarge(ValueError):
-    """QEMU opens no qcow2 file that is so large."""
+    """The disk, or its map, is too large for a qcow2 file that QEMU opens and we can make up."""
 
 
 def cut(count: int, unit: int) -> int:

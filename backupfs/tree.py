@@ -7,6 +7,8 @@
     │   ├── domain.xml         PointFile
     │   ├── nvram.fd           PointFile         where the domain has one
     │   └── vda.raw            PointImage        one for each disk that takes part
+    ├── qcow2/                 PointFolder       the same in another form
+    │   └── domain.xml  nvram.fd  vda.qcow2
     ├── checkpoints/           Checkpoints       one folder for each of libvirt's
     │   └── monday/            Checkpoint
     │       └── checkpoint.xml

@@ -107,6 +107,10 @@ def demonstrate(guest: Guest, point: Path, env: dict[str, str], folder: Path) ->
     show("e2fsck", "-fp", first, check=False)
     show("e2fsck", "-fn", first)
 
+    say("The same instant as a qcow2 file, of what is allocated alone")
+    show("cp", point / "qcow2/vda.qcow2", folder / "copy.qcow2")
+    show("qemu-img", "check", folder / "copy.qcow2")
+
     say("The guest's disk has moved on meanwhile")
     guest.pause()
     now = guest.copy_disk("vda", folder / "now.raw")

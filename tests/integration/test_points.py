@@ -62,7 +62,7 @@ def test_only_a_look_inside_raw_begins_a_point(marked_guest: Guest, mount: Mount
     assert "<domain" in (mounted.path / "domain.xml").read_text()
     assert len((mounted.path / "domain.xml").read_bytes()) == (mounted.path / "domain.xml").stat().st_size
     assert os.listdir(mounted.path / "checkpoints") == []
-    assert sorted(os.listdir(mounted.path)) == ["checkpoints", "domain.xml", "raw"]
+    assert sorted(os.listdir(mounted.path)) == ["checkpoints", "domain.xml", "qcow2", "raw"]
     assert mounted.status()["state"] == "idle"
     os.stat(mounted.raw / "vda.raw")
     assert mounted.status()["state"] == "running"
