@@ -11,13 +11,15 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backupfs import qcow2
 from backupfs.connections import Fetch
 from backupfs.diskmap import DiskMap
 from backupfs.errors import BackupfsError, NbdReadFailed
 from backupfs.export import Export, resolve
 from backupfs.extents import ZERO, Builder
-from backupfs.image import RawImage
+from backupfs.image import Image, Literal, RawImage, Span, Zeros
 from backupfs.nbdclient import Request
+from backupfs.origin import Origin
 from backupfs.window import BLOCK, Pool, Windows
 
 _random = random.Random(11).randbytes(BLOCK + 4099) * 6
@@ -70,7 +72,20 @@ class Source:
                     request.finish(token, NbdReadFailed("vda", request.offset, request.length, "EIO"))
 
 
-async def read_on(image: RawImage[Export], source: Source, chance: random.Random) -> None:
+def truth(image: Image[Export], source: Source, start: int, stop: int) -> bytes:
+    parts = []
+    for segment in image.segments(start, stop):
+        match segment:
+            case Literal(data=data):
+                parts.append(data)
+            case Zeros(length=length):
+                parts.append(bytes(length))
+            case Span(offset=offset, length=length):
+                parts.append(source.truth(offset, offset + length))
+    return b"".join(parts)
+
+
+async def read_on(image: Image[Export], source: Source, chance: random.Random) -> None:
     """Read in order or not, give up at times; what comes must be right."""
     position = chance.randrange(image.size)
     step = chance.choice([1, 512, 4096, 100_000, 128 * 1024, BLOCK, BLOCK + 1])
@@ -83,7 +98,7 @@ async def read_on(image: RawImage[Export], source: Source, chance: random.Random
             except BackupfsError:
                 pass
             else:
-                assert bytes(got) == source.truth(position, min(position + step, image.size))
+                assert bytes(got) == truth(image, source, position, min(position + step, image.size))
         position = (position + step) % image.size
         await trio.lowlevel.checkpoint()
 
@@ -110,7 +125,9 @@ def test_readers_get_the_right_bytes_whatever_the_source_does(
     async def main() -> None:
         export = Export(source)  # type: ignore[arg-type]  # has what Export uses
         windows = export._windows = Windows(source, pool)
-        image = RawImage(export, source.extents)
+        raw = RawImage(export, source.extents)
+        images = [raw, qcow2.whole(export, source.extents.first, Origin("web01", "1234", "vda", 1000))]
+        assert truth(raw, source, 0, raw.size) == source.truth(0, raw.size)
         token = trio.lowlevel.current_trio_token()
 
         async def answer_always() -> None:
@@ -122,7 +139,7 @@ def test_readers_get_the_right_bytes_whatever_the_source_does(
             nursery.start_soon(answer_always)
             async with trio.open_nursery() as inner:
                 for _ in range(readers):
-                    inner.start_soon(read_on, image, source, random.Random(chance.random()))
+                    inner.start_soon(read_on, chance.choice(images), source, random.Random(chance.random()))
             nursery.cancel_scope.cancel()
         while source.held:
             source.answer(token)

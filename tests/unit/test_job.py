@@ -58,7 +58,8 @@ class Backend:
         try:
             yield Point(
                 generation=generation, domain=self.name, job_id="j", socket=f"/s{self.begun}", began=time.time(),
-                took=0.0, instant=self.begun, images={}, forms=Forms(self.name, "", self.begun, "<domain/>", {}, {}, {}),
+                took=0.0, instant=self.begun, images={},
+                forms=Forms(self.name, "", self.begun, "<domain/>", {}, {}, {}),
                 exports={}, scratches={}, left_out={}, quiesced=self.quiesced,
             )  # fmt: skip
         finally:
