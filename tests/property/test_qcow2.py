@@ -190,6 +190,43 @@ def test_an_increment_over_the_disk_before_is_the_disk_after(tmp_path: Path, his
         assert kind == ("D" if there else "Z") if taken else kind in "dz"
 
 
+@settings(SLOW, max_examples=15)
+@given(st.integers(0, 2**32), st.integers(1, 5))
+def test_a_chain_is_the_disk_at_each_of_its_instants(tmp_path: Path, seed: int, length: int) -> None:
+    """Write, zero, discard and grow; what a map of 64 KiB bits tracks since the last instant is an increment."""
+    pick = random.Random(seed)
+    disk = bytearray(pick.randbytes(20 * 65536) + bytes(20 * 65536))
+    name = "vda.0.qcow2"
+    write(whole(bytes(disk), zeros_of(disk, 4096), WHOLE), tmp_path / name)
+    for number in range(1, length + 1):
+        size = len(disk)
+        disk += bytes(pick.choice([0, 0, 512, 65536, 99 * 512]))
+        bits = [0] * (-(-len(disk) // 65536))
+        for _ in range(pick.randrange(8)):
+            start = pick.randrange(len(disk))
+            stop = min(len(disk), start + pick.choice([1, 512, 5000, 65536, 300_000]))
+            disk[start:stop] = pick.randbytes(stop - start) if pick.randrange(2) else bytes(stop - start)
+            bits[start >> 16 : (stop - 1 >> 16) + 1] = [DIRTY] * ((stop - 1 >> 16) + 1 - (start >> 16))
+        dirty = build((min(65536, len(disk) - (at << 16)), flag) for at, flag in enumerate(bits))
+        image = increment(bytes(disk), zeros_of(disk, 4096), dirty, LATER, Backing(name), from_size=size)
+        name = f"vda.{number}.qcow2"
+        check(write(image, tmp_path / name))
+        (tmp_path / "vda.raw").write_bytes(disk)
+        qemu_img("compare", "-f", "qcow2", "-F", "raw", tmp_path / name, tmp_path / "vda.raw")
+        # Nothing is in it but what has changed, and the tables.
+        assert (
+            image.layout.data + image.layout.first_data <= sum(map(bool, bits)) + len(disk) // 65536 - size // 65536 + 6
+        )
+    chain = json.loads(qemu_img("info", "--output=json", "--backing-chain", tmp_path / name))
+    assert len(chain) == length + 1
+
+
+def zeros_of(disk: bytes | bytearray, unit: int) -> ExtentMap:
+    return build(
+        (min(unit, len(disk) - at), 0 if any(disk[at : at + unit]) else ZERO) for at in range(0, len(disk), unit)
+    )
+
+
 @given(histories(), st.data())
 @settings(deadline=None)
 def test_any_stretch_of_any_image_is_that_of_the_whole(history: History, data: st.DataObject) -> None:
