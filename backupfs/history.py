@@ -169,7 +169,7 @@ def _unpack(contents: bytes) -> bytes:
     if not contents.startswith(MAGIC):
         raise Damaged("it is of another version, or no history")
     checksum, _, body = contents[len(MAGIC) :].partition(b"\n")
-    if int(checksum, 16) != zlib.crc32(body):
+    if checksum != b"%08x" % zlib.crc32(body):
         raise Damaged("its checksum is wrong")
     unpacker = zlib.decompressobj()
     unpacked = unpacker.decompress(body, LARGEST_RECORD)

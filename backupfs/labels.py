@@ -71,6 +71,8 @@ class Labels:
     def changed_since(self, instant: int) -> Changes:
         """Return all that changed since our point *instant*: the blocks whose label is greater."""
         changes = nothing(self.size)
+        if not self.size:
+            return changes
         bounds = changes.bounds
         inside = False
         for start, value in zip(self.starts, self.values, strict=True):
@@ -95,9 +97,8 @@ class Labels:
         starts, values = numbers(self.size), array("Q")
 
         def append(start: int, value: int) -> None:
-            if not values or values[-1] != value:
-                starts.append(start)
-                values.append(value)
+            starts.append(start)
+            values.append(value)
 
         blocks, runs = count_blocks(self.size), len(self.starts)
         index, position = 0, 0  # the run of ours that holds position

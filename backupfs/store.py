@@ -143,7 +143,7 @@ class Store:
             self._remove([_CHECKPOINTS])
 
     def _list(self) -> list[str]:
-        with _errors(self.folder, "list"):
+        with _errors(self.folder, "list it"):
             return sorted(os.listdir(self.folder))
 
     def _read(self, name: str) -> bytes | None:
@@ -202,7 +202,7 @@ def _file_name(disk: str, path: str | None) -> str:
 
 def _parse_checkpoints(contents: bytes, owner: str) -> list[OwnCheckpoint]:
     checksum, _, body = contents.partition(b" ")
-    if int(checksum, 16) != zlib.crc32(body):
+    if checksum != b"%08x" % zlib.crc32(body):
         raise ValueError("its checksum is wrong")
     value = json.loads(body)
     if value["owner"] != owner:
