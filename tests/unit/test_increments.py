@@ -407,6 +407,7 @@ def test_resized_disk_is_all_new_and_its_older_checkpoints_have_no_increment(hos
     assert again.doubt is None
     assert again.left_out == {"own10": RESIZED, "monday": RESIZED, "unseen": RESIZED}
     assert blocks(again.increments["own30"]) == {2}
+    assert host.point().left_out == again.left_out
     # Back to the size that it had: what was cut off stays so.
     host.size = SIZE
     host.create("own50")
@@ -453,10 +454,10 @@ def test_base_that_libvirt_refuses_is_left_out_of_the_next_plan(host: Host) -> N
 
 def test_point_that_is_not_after_the_last_one_is_in_doubt(host: Host) -> None:
     host.write(5)
-    host.last = 0
+    host.last = -5
     found = host.point()
-    assert found.doubt == "its last point in time, 10, is not before this one, 10"
-    assert found.record.since == 10
+    assert found.doubt == "its last point in time, 10, is not before this one, 5"
+    assert (labels(found), found.record.since) == ([5] * 16, 5)
 
 
 def test_another_chunk_size_makes_all_chunks_new_and_nothing_else(host: Host) -> None:
@@ -563,11 +564,23 @@ def test_wrong_guess_of_the_order_gives_too_much_and_never_too_little(host: Host
 
 def test_carried_over_by_a_bridge_that_may_be_younger_than_the_base_is_not_built_on(host: Host) -> None:
     host.point(make="own20")
-    host.create("foreign", at=900, parent=None)
+    host.create("foreign", at=900, parent="own10")
     found = host.point()
     assert host.planned is not None
-    assert host.planned.base == {"vda": "foreign"}
+    assert (host.short(), host.planned.base) == (["own20"], {"vda": "foreign"})
+    assert set(found.increments) == {"own10", "own20", "foreign"}
     assert [one.identity.name for one in found.record.seen if one.changed is not None] == ["foreign"]
+
+
+def test_what_was_not_settled_when_one_disk_was_resized_is_not_settled_for_the_other(host: Host) -> None:
+    host.create("foreign", at=999)
+    host.size = 2 * SIZE
+    assert host.point().left_out == {"own10": RESIZED, "foreign": UNSETTLED}
+    live = [replace(one, disks=("vda", "vdb")) for one in host.live.values()]
+    disks = {"vda": DiskNow(host.path, host.image), "vdb": DiskNow("/vdb", None)}
+    planned = plan(live, disks, host.records, clock=1000.5)
+    assert planned.base == {"vdb": "own10"}
+    assert planned.unsettled == ("foreign",)
 
 
 def test_disk_without_checkpoints_is_new_at_every_point() -> None:
