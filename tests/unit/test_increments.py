@@ -245,6 +245,16 @@ def test_foreign_checkpoint_that_stayed_the_same_while_the_caller_waited_counts(
     expect(host.point(), 20, 30, 5)
 
 
+def test_checkpoint_that_could_not_be_read_stays_settled(host: Host) -> None:
+    host.create("foreign", at=997)
+    host.point(failing=["foreign"])
+    host.clock = None  # libvirtd is reached by another way now
+    host.write(1)
+    found = host.point()
+    assert blocks(found.increments["foreign"]) == {1}
+    assert labels(found)[1] == 30
+
+
 def test_what_settled_once_is_settled_on_another_disk_too(host: Host) -> None:
     host.clock = None
     host.path = "/moved.qcow2"
