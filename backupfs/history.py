@@ -35,6 +35,7 @@ MAGIC: Final = b"backupfs history 1 "
 LARGEST_RECORD: Final = 2**27  # bytes, unpacked
 MOST_CACHED_RUNS: Final = 2**20  # of all sets of a record together: 8 MB
 _LENGTH_BYTES: Final = 4
+_PIECE: Final = 2**20
 
 
 class Damaged(ValueError):
@@ -143,7 +144,7 @@ def encode(record: Record, owner: str) -> bytes:
             "chunk": record.chunk,
             "chunk_floor": record.chunk_floor,
             "byteorder": sys.byteorder,
-            "labels": len(record.labels),
+            "labels": [len(record.labels), record.labels.values.typecode],
             "seen": seen,
         }
     ).encode()
@@ -151,54 +152,75 @@ def encode(record: Record, owner: str) -> bytes:
     parts = [packer.compress(len(header).to_bytes(_LENGTH_BYTES, "big") + header)]
     # As they lie in memory: they are read again on the host that wrote them.
     parts += [packer.compress(memoryview(each)) for each in arrays]
-    body = b"".join((*parts, packer.flush()))
-    return MAGIC + b"%08x\n" % zlib.crc32(body) + body
+    parts.append(packer.flush())
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join((MAGIC, b"%08x\n" % checksum, *parts))
 
 
 def decode(contents: bytes, owner: str) -> Record:
     """Return the record that `encode` wrote for *owner*; raise Damaged for anything else."""
     try:
-        return _record(_unpack(contents), owner)
+        return _record(_Unpacked(contents), owner)
     except Damaged:
         raise
     except (ValueError, KeyError, TypeError, zlib.error) as error:
         raise Damaged(f"it is not whole: {error}") from None
 
 
-def _unpack(contents: bytes) -> bytes:
-    if not contents.startswith(MAGIC):
-        raise Damaged("it is of another version, or no history")
-    checksum, _, body = contents[len(MAGIC) :].partition(b"\n")
-    if checksum != b"%08x" % zlib.crc32(body):
-        raise Damaged("its checksum is wrong")
-    unpacker = zlib.decompressobj()
-    unpacked = unpacker.decompress(body, LARGEST_RECORD)
-    if not unpacker.eof:
-        raise Damaged("it is too long, or cut off")
-    return unpacked
+class _Unpacked:
+    """What was packed, piece by piece: never all of it beside the arrays that are made of it."""
 
+    def __init__(self, contents: bytes) -> None:
+        if not contents.startswith(MAGIC):
+            raise Damaged("it is of another version, or no history")
+        stop = contents.find(b"\n")
+        body = memoryview(contents)[stop + 1 :]
+        if contents[len(MAGIC) : stop] != b"%08x" % zlib.crc32(body):
+            raise Damaged("its checksum is wrong")
+        self._unpacker = zlib.decompressobj()
+        self._packed: bytes | memoryview = body
 
-def _record(unpacked: bytes, owner: str) -> Record:
-    stop = _LENGTH_BYTES + int.from_bytes(unpacked[:_LENGTH_BYTES], "big")
-    header: Mapping[str, Any] = json.loads(unpacked[_LENGTH_BYTES:stop])
-    if header["owner"] != owner or header["byteorder"] != sys.byteorder:
-        raise Damaged(f"it was written for {header['owner']}")
-    rest = memoryview(unpacked)[stop:]
-
-    def take(count: int, fresh: array[int]) -> array[int]:
-        nonlocal rest
-        length = count * fresh.itemsize
-        if not 0 <= length <= len(rest):
+    def read(self, length: int) -> bytes:
+        """Return the next *length* bytes, at most a piece of them; raise Damaged where there are none."""
+        found = self._unpacker.decompress(self._packed, min(length, _PIECE))
+        self._packed = self._unpacker.unconsumed_tail
+        if not found:
             raise Damaged("it is shorter than it says")
-        fresh.frombytes(rest[:length])
-        rest = rest[length:]
+        return found
+
+    def take(self, count: int, fresh: array[int]) -> array[int]:
+        """Return *fresh*, filled with *count* numbers."""
+        left = _number(count) * fresh.itemsize
+        if left > LARGEST_RECORD:
+            raise Damaged("it is longer than a record can be")
+        unaligned = b""
+        while left:
+            found = self.read(left)
+            left -= len(found)
+            found = unaligned + found
+            whole = len(found) - len(found) % fresh.itemsize
+            fresh.frombytes(found[:whole])
+            unaligned = found[whole:]
         return fresh
 
+    def at_end(self) -> bool:
+        """Whether all has been read."""
+        return not self._unpacker.decompress(self._packed, 1) and self._unpacker.eof
+
+
+def _record(unpacked: _Unpacked, owner: str) -> Record:
+    text = unpacked.take(int.from_bytes(unpacked.take(_LENGTH_BYTES, array("B")), "big"), array("B"))
+    header: Mapping[str, Any] = json.loads(text.tobytes())
+    if header["owner"] != owner or header["byteorder"] != sys.byteorder:
+        raise Damaged(f"it was written for {header['owner']}")
     size = _number(header["size"])
+    count, typecode = header["labels"]
     labels = labels_module.from_runs(
         size,
-        take(header["labels"], changes_module.numbers(size)),
-        take(header["labels"], array("Q")),
+        unpacked.take(count, changes_module.numbers(size)),
+        unpacked.take(count, array(typecode)),
     )
     seen = []
     for one in header["seen"]:
@@ -206,7 +228,7 @@ def _record(unpacked: bytes, owner: str) -> Record:
         identity = Identity(str(one["name"]), _number(one["creation_time"]), mark)
         changed = None
         if one["bounds"] is not None:
-            changed = changes_module.from_bounds(size, take(one["bounds"], changes_module.numbers(size)))
+            changed = changes_module.from_bounds(size, unpacked.take(one["bounds"], changes_module.numbers(size)))
         seen.append(Seen(identity, changed, one["resized"] is not False))
     record = Record(
         disk=str(header["disk"]),
@@ -220,7 +242,7 @@ def _record(unpacked: bytes, owner: str) -> Record:
         chunk=_number(header["chunk"]),
         chunk_floor=_number(header["chunk_floor"]),
     )
-    if len(rest) or not max(labels.newest, record.since, record.chunk_floor) <= record.instant:
+    if not unpacked.at_end() or not max(labels.newest, record.since, record.chunk_floor) <= record.instant:
         raise Damaged("it contradicts itself")
     return record
 

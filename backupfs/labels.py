@@ -31,6 +31,11 @@ MOST_RUNS: Final = 2**21
 LARGEST_LABEL: Final = 2**63 - 1
 
 
+def instants(newest: int) -> array[int]:
+    """Return an empty array for labels up to *newest*: four bytes each, until the year 2106."""
+    return array("I" if newest < 2**32 else "Q")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Labels:
     """The labels of a disk of *size* bytes. Immutable; made by `uniform`, `relabel` or `from_runs`."""
@@ -94,7 +99,8 @@ class Labels:
         """
         if changes.size != self.size or instant <= self.newest:
             raise ValueError(f"label {instant} of {changes.size} bytes after {self.newest} of {self.size}")
-        starts, values = numbers(self.size), array("Q")
+        starts, values = numbers(self.size), instants(instant)
+        ours = self.values if self.values.typecode == values.typecode else array(values.typecode, self.values)
 
         def append(start: int, value: int) -> None:
             starts.append(start)
@@ -106,7 +112,7 @@ class Labels:
         for start in bounds:
             stop = next(bounds)
             while position < start:
-                append(position, self.values[index])
+                append(position, ours[index])
                 end = self.starts[index + 1] if index + 1 < runs else blocks
                 position = min(end, start)
                 if position == end:
@@ -115,9 +121,9 @@ class Labels:
             position = stop
             index = bisect_right(self.starts, stop, index) - 1
         if position < blocks or not values:  # an empty disk has one run of no blocks
-            append(position, self.values[index])
+            append(position, ours[index])
             starts.extend(self.starts[index + 1 :])
-            values.extend(self.values[index + 1 :])
+            values.extend(ours[index + 1 :])
         while len(starts) > most:
             starts, values = _coarser(starts, values)
         return Labels(self.size, starts, values)
@@ -138,14 +144,17 @@ def uniform(size: int, instant: int) -> Labels:
     """Return the map of a disk of which nothing is known: all of it may have changed until *instant*."""
     if not 0 <= instant <= LARGEST_LABEL:
         raise ValueError(f"a label of {instant}")
-    starts = numbers(size)
+    starts, values = numbers(size), instants(instant)
     starts.append(0)
-    return Labels(size, starts, array("Q", [instant]))
+    values.append(instant)
+    return Labels(size, starts, values)
 
 
 def from_runs(size: int, starts: array[int], values: array[int]) -> Labels:
     """Return the map of these runs; raise ValueError unless they are one's."""
-    if starts.typecode != numbers(size).typecode or not starts or len(starts) != len(values):
+    if starts.typecode != numbers(size).typecode or values.typecode not in "IQ":
+        raise ValueError("runs in another form")
+    if not starts or len(starts) != len(values):
         raise ValueError("no runs, or half a run")
     if starts[0] != 0 or starts[-1] > max(0, count_blocks(size) - 1):
         raise ValueError(f"runs that are not of {size} bytes")

@@ -75,10 +75,17 @@ def test_record_of_another_domain_is_none() -> None:
         decode(encode(record(), "other/domain"), OWNER)
 
 
-def test_longer_than_any_record_can_be_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backupfs.history.LARGEST_RECORD", 100)
-    with pytest.raises(Damaged, match="too long"):
-        decode(encode(record(), OWNER), OWNER)
+@pytest.mark.parametrize("piece", [1, 3, 7, 64])
+def test_record_is_read_in_pieces_of_any_length(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backupfs.history._PIECE", piece)
+    assert decode(encode(record(), OWNER), OWNER) == record()
+
+
+def test_what_follows_a_record_is_noticed() -> None:
+    unpacked = zlib.decompress(encode(record(), OWNER).partition(b"\n")[2])
+    for body in (zlib.compress(unpacked + b"x"), zlib.compress(unpacked)[:-1], zlib.compress(unpacked[:-1])):
+        with pytest.raises(Damaged):
+            decode(MAGIC + b"%08x\n" % zlib.crc32(body) + body, OWNER)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +99,12 @@ def test_longer_than_any_record_can_be_is_not_unpacked(monkeypatch: pytest.Monke
         lambda header: header.update(instant=199),
         lambda header: header.update(since=201),
         lambda header: header.update(chunk_floor=201),
-        lambda header: header.update(labels=2),
-        lambda header: header.update(labels=10**9),
-        lambda header: header.update(labels=-1),
+        lambda header: header.update(labels=[2, "I"]),
+        lambda header: header.update(labels=[10**9, "I"]),
+        lambda header: header.update(labels=[-1, "I"]),
+        lambda header: header.update(labels=[3, "b"]),
+        lambda header: header.update(labels=[3, "d"]),
+        lambda header: header.update(labels=3),
         lambda header: header.update(image=[1, 2]),
         lambda header: header["seen"][0].update(bounds=4),
         lambda header: header["seen"].pop(),
@@ -137,7 +147,6 @@ def test_thin_disk_of_sixteen_tebibytes_takes_a_few_hundred_bytes() -> None:
 
 
 MEMORY = """
-import resource
 from array import array
 from backupfs.changes import BLOCK, from_bounds, from_extents, nothing, union
 from backupfs.extents import DIRTY, Builder
@@ -146,7 +155,8 @@ from backupfs.labels import uniform
 from backupfs.lineage import Identity
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/status") as file:  # getrusage tells the parent's, too
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 before = peak()
 size = 2**21 * BLOCK

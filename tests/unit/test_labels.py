@@ -68,6 +68,12 @@ def test_too_many_runs_are_joined_by_the_newer_label() -> None:
     assert list(labels.values) == [300]
 
 
+def test_labels_beyond_the_year_2106_are_possible() -> None:
+    late = two_points().relabel(from_bounds(SIZE, array("I", [3, 4])), 2**33)
+    assert (late.newest, late.newest_in(0, BLOCK), late.newest_in(2 * BLOCK, 3 * BLOCK)) == (2**33, 100, 200)
+    assert late.relabel(everything(SIZE), 2**33 + 1) == uniform(SIZE, 2**33 + 1)
+
+
 def test_empty_disk_has_a_label_too() -> None:
     labels = uniform(0, 5)
     assert labels.newest == 5
@@ -78,12 +84,13 @@ def test_empty_disk_has_a_label_too() -> None:
 @pytest.mark.parametrize(
     ("starts", "values"),
     [
-        (array("I"), array("Q")),
-        (array("I", [0]), array("Q")),
-        (array("Q", [0]), array("Q", [1])),
-        (array("I", [1]), array("Q", [1])),
-        (array("I", [0, 10]), array("Q", [1, 2])),
-        (array("I", [0, 5, 5]), array("Q", [1, 2, 3])),
+        (array("I"), array("I")),
+        (array("I", [0]), array("I")),
+        (array("Q", [0]), array("I", [1])),
+        (array("I", [0]), array("d", [1])),
+        (array("I", [1]), array("I", [1])),
+        (array("I", [0, 10]), array("I", [1, 2])),
+        (array("I", [0, 5, 5]), array("I", [1, 2, 3])),
         (array("I", [0]), array("Q", [2**63])),
     ],
     ids=str,
@@ -94,7 +101,7 @@ def test_runs_that_are_no_map_are_refused(starts: array[int], values: array[int]
 
 
 def test_runs_of_a_map_are_taken() -> None:
-    assert from_runs(SIZE, array("I", [0, 2, 4, 9]), array("Q", [100, 200, 100, 200])) == two_points()
-    assert from_runs(0, array("I", [0]), array("Q", [7])) == uniform(0, 7)
+    assert from_runs(SIZE, array("I", [0, 2, 4, 9]), array("I", [100, 200, 100, 200])) == two_points()
+    assert from_runs(0, array("I", [0]), array("I", [7])) == uniform(0, 7)
     with pytest.raises(ValueError, match="a label of -1"):
         uniform(1, -1)
