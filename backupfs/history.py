@@ -55,13 +55,13 @@ class ImageIdentity:
 class Seen:
     """A checkpoint that existed at the last point, settled, with a bitmap of the disk.
 
-    *changed* is changed(checkpoint → P); None: not known. *resized* is set, for good, where the
-    disk may have had another size at the checkpoint (then it need not have been settled).
+    *changed* is changed(checkpoint → P); None: not known. *void* is set, for good, where the disk
+    was resized or its image replaced, maybe since the checkpoint (then it need not have been settled).
     """
 
     identity: Identity
     changed: Changes | None
-    resized: bool = False
+    void: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def bounded(seen: Sequence[Seen], most: int = MOST_CACHED_RUNS) -> tuple[Seen, .
         if one.changed is not None and kept:
             most -= len(one.changed)
             if most < 0:
-                one = Seen(one.identity, None, one.resized)
+                one = Seen(one.identity, None, one.void)
         kept.append(one)
     return tuple(reversed(kept))
 
@@ -126,7 +126,7 @@ def encode(record: Record, owner: str) -> bytes:
                 "name": one.identity.name,
                 "creation_time": one.identity.creation_time,
                 "mark": None if mark is None else [mark.instant, mark.nonce],
-                "resized": one.resized,
+                "void": one.void,
                 "bounds": None if one.changed is None else len(one.changed.bounds),
             }
         )
@@ -229,7 +229,7 @@ def _record(unpacked: _Unpacked, owner: str) -> Record:
         changed = None
         if one["bounds"] is not None:
             changed = changes_module.from_bounds(size, unpacked.take(one["bounds"], changes_module.numbers(size)))
-        seen.append(Seen(identity, changed, one["resized"] is not False))
+        seen.append(Seen(identity, changed, one["void"] is not False))
     record = Record(
         disk=str(header["disk"]),
         path=str(header["path"]),

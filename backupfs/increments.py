@@ -19,7 +19,9 @@ others get T.
 Law, in this order:
 1. No change is missed. A checkpoint counts as the one it was only by its identity, and only if that
    was settled; one that is not is left out. What it contained at P it must contain at T, else
-   an older image was put back, and all that P told of the disk is void.
+   an older image was put back. That one's bitmaps may be of other checkpoints by the same names, so
+   then, and where the image is another file or the disk was resized, all checkpoints but the one
+   that this very point is made with are void for the disk, for good.
 2. An increment is exact, wherever libvirt's parents tell which checkpoint is older.
 3. No bitmap is read twice.
 
@@ -51,7 +53,7 @@ from backupfs.history import ImageIdentity, Record, Seen, bounded
 from backupfs.labels import uniform
 from backupfs.lineage import Identity, Mark, ancestors, arrange, identify, is_settled
 
-RESIZED: Final = Reason("the disk has been resized, maybe since this checkpoint", "make a new checkpoint")
+VOID: Final = Reason("the disk was resized or its image replaced, maybe since this checkpoint", "make a new checkpoint")
 UNSETTLED: Final = Reason("it was made just now, and could be made again unnoticed", "begin another point in time")
 GONE: Final = Reason("it was deleted or made again while the point in time began", "begin another point in time")
 DOUBTFUL: Final = Reason("what was read of it earlier is in doubt now", "begin another point in time")
@@ -82,6 +84,7 @@ class _DiskPlan:
     now: DiskNow
     record: Record | None
     doubt: str | None
+    replaced: bool = False
     candidates: dict[str, Identity] = field(default_factory=dict)
     existed: dict[str, Changes] = field(default_factory=dict)  # at P: changed(… → P)
     base: str | None = None
@@ -149,7 +152,7 @@ def plan(
     # Once settled, settled for good, on whatever disk it was seen.
     settled = {
         *trusted,
-        *(one.identity for record in records.values() for one in record.seen if not one.resized),
+        *(one.identity for record in records.values() for one in record.seen if not one.void),
     }
     plans = {disk: _recall(records.get(disk), now) for disk, now in disks.items()}
     unsettled: dict[str, None] = {}
@@ -159,8 +162,8 @@ def plan(
             if disk not in checkpoint.disks:
                 continue
             seen = known.seen(identity)
-            if seen is not None and seen.resized:
-                known.left_out[name] = RESIZED
+            if known.replaced or (seen is not None and seen.void):
+                known.left_out[name] = VOID
             elif identity not in settled and not is_settled(identity, clock):
                 known.left_out[name] = UNSETTLED
                 unsettled[name] = None
@@ -168,7 +171,7 @@ def plan(
                 known.left_out[name] = unreadable[name, disk]
             else:
                 known.candidates[name] = identity
-                if seen is not None and seen.changed is not None and known.doubt is None:
+                if seen is not None and seen.changed is not None:
                     known.existed[name] = seen.changed
         _forget_reversed(known, older)
         _choose(known, older)
@@ -185,7 +188,7 @@ def _recall(record: Record | None, now: DiskNow) -> _DiskPlan:
     if record is None or record.path != now.path:
         return _DiskPlan(now, None, "nothing is known of it from an earlier point in time")
     if record.image != now.image:
-        return _DiskPlan(now, record, "its image is another file than at the last point in time")
+        return _DiskPlan(now, record, "its image is another file than at the last point in time", replaced=True)
     return _DiskPlan(now, record, None)
 
 
@@ -259,8 +262,6 @@ def _conclude(
     made: Mark | None,
 ) -> Conclusion:
     record = known.record
-    sizes = {found.size for found in readings.values() if isinstance(found, Changes)}
-    resized = sizes - {size} != set() or (record is not None and record.size != size)
     left_out = dict(known.left_out)
     still = {identify(one) for one in after}
     read: dict[str, Changes] = {}
@@ -268,14 +269,19 @@ def _conclude(
         found = readings.get(name, NOT_READ)
         if identity not in still:
             left_out[name] = GONE
-        elif resized:
-            left_out[name] = RESIZED
         elif isinstance(found, Changes):
             read[name] = found
         elif name not in known.extended:
             left_out[name] = found
 
-    doubt = known.doubt or _find_doubt(known, read, size, instant)
+    doubt = known.doubt
+    void = known.replaced
+    if (reason := _find_replaced(known, read, size)) is not None:
+        doubt, void = reason, True
+    elif record is not None and record.instant >= instant and doubt is None:
+        doubt = f"its last point in time, {record.instant}, is not before this one, {instant}"
+    if void:
+        left_out.update((name, VOID) for name in known.candidates if left_out.get(name) is not GONE)
     increments = _add_up(known, read, left_out, doubt)
     witness = next((name for name in reversed(known.existed) if name in increments), None)
     labels = uniform(size, instant)
@@ -291,8 +297,8 @@ def _conclude(
         if identity.mark is not None and identity.mark == made:
             left_out[one.name] = ITSELF
             seen.append(Seen(identity, nothing(size)))
-        elif resized or (was is not None and was.resized):
-            seen.append(Seen(identity, None, resized=True))
+        elif void or (was is not None and was.void):
+            seen.append(Seen(identity, None, void=True))
         elif one.name in increments:
             # Of one that may be younger than the base, it has changes from before: not to be built on.
             exact = one.name in known.ordered and (one.name not in known.extended or known.bridge in known.ordered)
@@ -320,14 +326,12 @@ def _conclude(
     )
 
 
-def _find_doubt(known: _DiskPlan, read: Mapping[str, Changes], size: int, instant: int) -> str | None:
-    """Say what is wrong with what is known from the last point; None: nothing."""
-    record = known.record
-    assert record is not None  # else there is a doubt already
-    if record.instant >= instant:
-        return f"its last point in time, {record.instant}, is not before this one, {instant}"
-    if record.size != size:
-        return f"it was resized from {record.size} to {size} bytes"
+def _find_replaced(known: _DiskPlan, read: Mapping[str, Changes], size: int) -> str | None:
+    """Say by what the disk seems not to be the one that it was; None: nothing."""
+    sizes = [found.size for found in read.values()] + ([] if known.record is None else [known.record.size])
+    other = next((each for each in sizes if each != size), None)
+    if other is not None:
+        return f"it was resized from {other} to {size} bytes"
     for name, then in known.existed.items():
         if name in read and not read[name].covers(then):
             return f"changes since {name} are gone from its bitmap: an older image was put back, or {name} was remade"

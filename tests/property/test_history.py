@@ -27,8 +27,8 @@ from backupfs.history import Damaged, ImageIdentity, Record, decode, encode
 from backupfs.increments import (
     DOUBTFUL,
     GONE,
-    RESIZED,
     UNSETTLED,
+    VOID,
     Conclusion,
     DiskNow,
     Plan,
@@ -95,7 +95,7 @@ class Known:
     instant: int
     labels: list[int]
     existed: set[int]  # incarnations of which the increment was known
-    resized: set[Identity]  # that may be of another size
+    void: set[Identity]  # that may be from before a resize, or an image put back
     doubtful: bool = False  # something was done to the disk that must, or may, cost all labels
 
 
@@ -253,20 +253,26 @@ class World:
         same = all(self.live[name].incarnation == image.real[name] for name in image.bitmaps if name in self.live)
         if not same or len(image.cells) != len(now.cells) or self.random.random() < 0.4:
             image.identity = self.new_identity()
-            for name in list(image.bitmaps):
-                if name in self.live and self.live[name].incarnation != image.real[name]:
-                    del image.bitmaps[name]
         else:
             image.identity = now.identity
         self.images[disk] = image
-        if disk in self.known:
+        if disk in self.known and self.known[disk].path == image.path:
             self.known[disk].doubtful = True
+        else:
+            self.drop_aliens(image)
 
     def move_image(self) -> None:
         """A block job moves the disk to another path, bitmaps and all."""
         image = self.pick()
+        self.drop_aliens(image)
         image.path = self.random.choice(("/a", "/b")) + f"/{next(self.numbers)}.qcow2"
         image.identity = self.new_identity()
+
+    def drop_aliens(self, image: Image) -> None:
+        """Take out of an image put back what only the history would know to be of other checkpoints."""
+        for name in list(image.bitmaps):
+            if name in self.live and self.live[name].incarnation != image.real[name]:
+                del image.bitmaps[name]
 
     def lose_state(self) -> None:
         if not self.files:
@@ -282,6 +288,7 @@ class World:
                 decode(self.files[disk], OWNER)
             del self.files[disk]
         self.known.pop(disk, None)
+        self.drop_aliens(self.images[disk])
 
     def prune(self) -> None:
         listed = [one.checkpoint for one in self.live.values()]
@@ -464,6 +471,7 @@ class World:
             assert set(labels) == {instant}
 
         # 4. What has no increment has a reason, and the reason is true.
+        void_now = known is not None and known.path == image.path and known.doubtful
         lost = [name for name, one in listed.items() if after.get(name) != one and disk in one.disks]
         for name in sorted(believed):
             one = listed[name]
@@ -476,9 +484,9 @@ class World:
                 assert not any(believed[name] in each.existed for each in self.known.values()) or gone
             elif reason is GONE:
                 assert gone
-            elif reason is RESIZED:
+            elif reason is VOID:
                 assert known is not None
-                assert known.size != size or identify(one) in known.resized
+                assert void_now or identify(one) in known.void
             elif reason is DOUBTFUL:
                 assert found.doubt is not None or lost
             else:
@@ -487,10 +495,10 @@ class World:
         existed = {incarnations[name] for name in found.increments}
         if made is not None:
             existed.add(incarnations[made])
-        resized = set() if known is None or known.path != image.path else known.resized
-        if known is not None and known.path == image.path and known.size != size:
-            resized = resized | later - ({self.own[made]} if made is not None else set())
-        self.known[disk] = Known(image.path, size, instant, labels, existed, resized)
+        void = set(known.void) if known is not None and known.path == image.path else set()
+        if void_now and found.doubt is not None:
+            void |= later - ({self.own[made]} if made is not None else set())
+        self.known[disk] = Known(image.path, size, instant, labels, existed, void)
 
 
 DEEDS = (

@@ -33,7 +33,7 @@ def record(**fields: Any) -> Record:
         seen=(
             Seen(Identity("monday", 90, None), everything(SIZE)),
             Seen(Identity("lost", 91, None), None),
-            Seen(Identity("resized", 91, None), None, resized=True),
+            Seen(Identity("void", 91, None), None, void=True),
             Seen(Identity("own", 92, Mark(100, "0" * 32)), from_bounds(SIZE, array("I", [2, 5]))),
         ),
         chunk=4 * BLOCK,
@@ -135,7 +135,7 @@ def test_oldest_sets_are_left_out_where_there_are_too_many_runs() -> None:
     kept = [each.changed is not None for each in bounded(seen, most=0)]
     assert kept == [False, False, True]
     assert bounded(seen) == tuple(seen)
-    spoiled = [Seen(Identity("a", 1, None), None, resized=True)]
+    spoiled = [Seen(Identity("a", 1, None), None, void=True)]
     assert bounded([*spoiled, *seen], most=0)[0] == spoiled[0]
 
 
