@@ -475,6 +475,13 @@ def test_point_that_is_not_after_the_last_one_is_in_doubt(host: Host) -> None:
     found = host.point()
     assert found.doubt == "its last point in time, 10, is not before this one, 5"
     assert (labels(found), found.record.since) == ([5] * 16, 5)
+    # Nor is anything that was read then taken for older than this.
+    host.last = 10
+    host.point(make="own20")
+    host.last = -5
+    found = host.point()
+    assert found.left_out == {"own10": DOUBTFUL}
+    assert list(found.increments) == ["own20"]
 
 
 def test_another_chunk_size_makes_all_chunks_new_and_nothing_else(host: Host) -> None:
