@@ -13,14 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from backupfs.allocation import STATUS_LENGTH, Answer, Unbelievable
+from backupfs.allocation import (
+    ANSWER_EXTENTS,
+    FIRST_LENGTH,
+    LEAST_LENGTH,
+    MOST_EXTENTS,
+    STATUS_LENGTH,
+    Answer,
+    Unbelievable,
+)
 from backupfs.extents import DIRTY, Builder, ExtentMap
 
 PREFIX: Final = "qemu:dirty-bitmap:"
-MOST_EXTENTS: Final = 2**21  # two million: 16 MB of memory
-FIRST_LENGTH: Final = 2**28
-LEAST_LENGTH: Final = 2**24
-ANSWER_EXTENTS: Final = 2**16  # wanted in one answer; libnbd hands each over as two Python objects
 
 
 class Unfinished(ValueError):

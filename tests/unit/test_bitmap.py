@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from backupfs.allocation import STATUS_LENGTH, Answer, Unbelievable
-from backupfs.bitmap import ANSWER_EXTENTS, FIRST_LENGTH, LEAST_LENGTH, PREFIX, Unfinished, walk_bitmap
+from backupfs.allocation import ANSWER_EXTENTS, FIRST_LENGTH, LEAST_LENGTH, STATUS_LENGTH, Answer, Unbelievable
+from backupfs.bitmap import PREFIX, Unfinished, walk_bitmap
 from backupfs.extents import DIRTY, uniform
 
 CONTEXT = PREFIX + "backup-vda"
