@@ -98,6 +98,10 @@ class _DiskPlan:
         known = () if self.record is None else self.record.seen
         return next((one for one in known if one.identity == identity), None)
 
+    def void_names(self) -> set[str]:
+        """Return the names whose bitmaps are void; by name, for a redefinition changes the identity."""
+        return set() if self.record is None else {one.identity.name for one in self.record.seen if one.void}
+
     def short(self) -> tuple[str, ...]:
         """Return the checkpoints that need a short job."""
         return tuple(name for name in self.candidates if name not in self.extended and name != self.base)
@@ -162,7 +166,7 @@ def plan(
             if disk not in checkpoint.disks:
                 continue
             seen = known.seen(identity)
-            if known.replaced or (seen is not None and seen.void):
+            if known.replaced or name in known.void_names():
                 known.left_out[name] = VOID
             elif identity not in settled and not is_settled(identity, clock):
                 known.left_out[name] = UNSETTLED
@@ -293,11 +297,10 @@ def _conclude(
     seen = []
     for one in after:
         identity = identify(one)
-        was = known.seen(identity)
         if identity.mark is not None and identity.mark == made:
             left_out[one.name] = ITSELF
             seen.append(Seen(identity, nothing(size)))
-        elif void or (was is not None and was.void):
+        elif void or one.name in known.void_names():
             seen.append(Seen(identity, None, void=True))
         elif one.name in increments:
             # Of one that may be younger than the base, it has changes from before: not to be built on.

@@ -95,7 +95,7 @@ class Known:
     instant: int
     labels: list[int]
     existed: set[int]  # incarnations of which the increment was known
-    void: set[Identity]  # that may be from before a resize, or an image put back
+    void: set[str]  # names that may be from before a resize, or an image put back
     doubtful: bool = False  # something was done to the disk that must, or may, cost all labels
 
 
@@ -388,7 +388,7 @@ class World:
                 after={one.name: one for one in after},
                 clock=clock,
                 made=None if mark is None else name,
-                later={identify(one) for one in after},
+                later={one.name for one in after if disk in one.disks},
                 trouble=trouble,
             )
             self.files[disk] = encode(concluded[disk].record, OWNER)
@@ -423,7 +423,7 @@ class World:
         after: Mapping[str, Checkpoint],
         clock: float | None,
         made: str | None,
-        later: set[Identity],
+        later: set[str],
         trouble: bool,
     ) -> None:
         record, image = found.record, self.images[disk]
@@ -486,7 +486,7 @@ class World:
                 assert gone
             elif reason is VOID:
                 assert known is not None
-                assert void_now or identify(one) in known.void
+                assert void_now or name in known.void
             elif reason is DOUBTFUL:
                 assert found.doubt is not None or lost
             else:
@@ -495,10 +495,10 @@ class World:
         existed = {incarnations[name] for name in found.increments}
         if made is not None:
             existed.add(incarnations[made])
-        void = set(known.void) if known is not None and known.path == image.path else set()
+        void = known.void & later if known is not None and known.path == image.path else set()
         if void_now and found.doubt is not None:
-            void |= later - ({self.own[made]} if made is not None else set())
-        self.known[disk] = Known(image.path, size, instant, labels, existed, void)
+            void |= later
+        self.known[disk] = Known(image.path, size, instant, labels, existed, void - {made})
 
 
 DEEDS = (

@@ -341,6 +341,8 @@ def test_old_image_with_its_bitmap_put_back_over_the_file_is_noticed(host: Host)
     # Its bitmap by the name of monday may be that of an earlier monday.
     assert found.increments == {}
     assert found.left_out == {"own10": VOID, "monday": VOID}
+    # Nor does a redefinition make it another one.
+    host.live["monday"] = replace(host.live["monday"], creation_time=501)
     host.create("tuesday")
     host.write(3)
     again = host.point(make="own50")
