@@ -86,16 +86,16 @@ def is_settled(identity: Identity, clock: float | None) -> bool:
     return clock is not None and identity.creation_time + SETTLE_SECONDS <= clock
 
 
-def libvirt_clock(checkpoints: Iterable[Checkpoint], local: float | None) -> float | None:
+def libvirt_clock(made: Iterable[Identity], local: float | None) -> float | None:
     """Return a moment that libvirtd's clock has reached; None if none is known.
 
     *local* is this host's clock, read before the checkpoints were listed, if libvirtd runs on this
-    host; else None. Of another host only the creationTimes that it gave to checkpoints of ours
-    are known: those of others may have been set by a redefinition.
+    host; else None. Of another host only the creationTimes are known that it gave to *made*, the
+    checkpoints of ours as noted when they were made: a listed one may have been redefined.
     """
     if local is not None:
         return local
-    return max((one.creation_time for one in checkpoints if identify(one).mark is not None), default=None)
+    return max((one.creation_time for one in made), default=None)
 
 
 def ancestors(checkpoints: Sequence[Checkpoint]) -> Mapping[str, frozenset[str]]:

@@ -324,7 +324,7 @@ class World:
         refused: dict[tuple[str, str], Reason] = {}
         while True:
             listed = self.listing()
-            clock = libvirt_clock(listed, self.clock + self.offset if self.local else None)
+            clock = libvirt_clock(self.own.values(), self.clock + self.offset if self.local else None)
             now = {disk: DiskNow(image.path, image.identity) for disk, image in self.images.items()}
             planned = plan(
                 listed, now, self.recall(), clock=clock, unreadable=refused, trusted=tuple(self.own.values())
@@ -339,7 +339,7 @@ class World:
     def point(self) -> None:
         planned, listed, refused = self.make_plan()
         believed = {one.name: self.live[one.name].incarnation for one in listed}
-        clock = libvirt_clock(listed, self.clock if self.local else None)
+        clock = libvirt_clock(self.own.values(), self.clock if self.local else None)
         readings: dict[tuple[str, str], Changes | Reason] = {}
         for job in planned.short:
             self.mischief()
