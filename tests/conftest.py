@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest_plugins = ["tests.faults"]
+
 
 class _Collector(logging.Handler):
     def __init__(self) -> None:
