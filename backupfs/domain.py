@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
@@ -19,6 +19,7 @@ from backupfs.errors import (
     AgentRefused,
     AgentUnavailable,
     DomainNotRunning,
+    JobStuck,
     LibvirtUnavailable,
     MissingDependency,
     NoSuchDomain,
@@ -51,6 +52,13 @@ _OPERATIONS: Final = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
     libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
     libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
+}
+
+_BLOCK_JOBS: Final = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "commit",
 }
 
 
@@ -132,7 +140,10 @@ class Domain(Link):
         return cast("str | None", await self._ask("look for a backup job", ask))
 
     async def job_statistics(self) -> JobStatistics | None:
-        """Return what runs on the domain, or None. Waits for QEMU where the job is a backup."""
+        """Return what runs on the domain, or None. Waits for QEMU where the job is a backup.
+
+        Raises JobStuck where a job runs of which libvirt knows nothing more.
+        """
 
         def ask(d: Any) -> JobStatistics | None:
             try:
@@ -140,6 +151,9 @@ class Domain(Link):
             except libvirt.libvirtError as error:
                 if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:
                     return None  # not running
+                if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR and "backup job data" in str(error):
+                    # The job is in the status that libvirt keeps on disk, what it does is not.
+                    raise JobStuck(self.name) from error
                 raise
             if found.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
                 return None
@@ -147,6 +161,17 @@ class Domain(Link):
             return JobStatistics(operation, found.get("disk_temp_used"), found.get("disk_temp_total"))
 
         return cast("JobStatistics | None", await self._ask("ask for the running job", ask))
+
+    async def block_job(self, targets: Collection[str]) -> str | None:
+        """Say what block job runs on one of the disks *targets*: a copy of another program, say."""
+
+        def ask(d: Any) -> str | None:
+            for target in targets:
+                if found := d.blockJobInfo(target, 0):
+                    return f"a block {_BLOCK_JOBS.get(found['type'], 'job')} of {target}"
+            return None
+
+        return await self._ask("look for a block job", ask)
 
     # --- the guest agent ---------------------------------------------------------------------
 
