@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import re
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
+from urllib.parse import urlsplit
 
 import trio
 
@@ -269,6 +271,19 @@ class Domain(Link):
         return cast(bool, await self._do("end the backup job", abort))
 
 
+def _host(uri: str, connection: Connection) -> str:
+    """Return what tells the domain's host from others, the same whenever it is asked.
+
+    Libvirt's own identifier is another one after each start where the firmware gives none.
+    """
+    if urlsplit(uri).hostname:
+        return domainxml.parse_host_uuid(connection.getCapabilities())
+    with contextlib.suppress(OSError), open("/etc/machine-id", encoding="ascii", errors="replace") as file:
+        if re.fullmatch(r"[0-9a-f]{32}", identity := file.read().strip()):
+            return identity
+    return "local"
+
+
 def _find(connection: Connection, source: str) -> Any:
     """Find a domain by name, else by UUID, as virsh does; raise libvirtError."""
     try:
@@ -296,8 +311,7 @@ async def open_domain(source: str, uri: str | None, *, timeout: float) -> AsyncI
         try:
             canonical = connection.getURI()
             domain = _find(connection, source)
-            host_uuid = domainxml.parse_host_uuid(connection.getCapabilities())
-            return canonical, domain.name(), domain.UUIDString(), host_uuid
+            return canonical, domain.name(), domain.UUIDString(), _host(canonical, connection)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 raise NoSuchDomain(source, canonical) from error

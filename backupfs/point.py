@@ -51,10 +51,10 @@ log = logging.getLogger("backupfs.point")
 
 LONGEST_SOCKET_PATH: Final = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
 ABORT_SECONDS: Final = 20.0  # an abort takes 20 ms; more means that QEMU is stopped
-# Then the job is gone within a second. But where the guest has opened or closed a virtio port while the
-# job ran (it was reset, or its agent restarted), libvirt 9.0 wants a lock for each of these events that
-# a backup does not share, waits 30 s for it, and handles the job's end only then (measured: up to 60 s).
-GONE_SECONDS: Final = 75.0
+# Then the job is gone within a second. But each time the guest has opened or closed a virtio port while
+# the job ran (it was reset, or its agent restarted), libvirt 9.0 waits 30 s for a lock that the backup
+# holds, and handles the job's end only after that: up to a minute for each port at a reset (measured).
+GONE_SECONDS: Final = 185.0
 NVRAM_ATTEMPTS: Final = 5
 
 
@@ -267,7 +267,7 @@ async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
             await trio.to_thread.run_sync(_remove_files, domain, record)
     except (BackupfsError, trio.TooSlowError) as error:
         # A stopped QEMU, say. Kept in the record: the next point, or the next mount, ends it.
-        why = error if isinstance(error, BackupfsError) else "not ended in time; is QEMU stopped?"
+        why = error if isinstance(error, BackupfsError) else "libvirt does not end it"
         log.error("%s: the backup job on %s: %s; the next mount will end it", domain.name, record.socket, why)
     else:
         if state.job is not None:

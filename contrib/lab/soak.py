@@ -40,7 +40,7 @@ BACKUPFS: Final = Path(sys.executable).with_name("backupfs")
 MIB: Final = 2**20
 BLOCK: Final = 4096
 BLOCKS: Final = 24  # one in each MiB
-PATIENCE: Final = 90.0  # seconds until a point must be there again after a fault
+PATIENCE: Final = 200.0  # seconds until a point must be there again; libvirt needs most of it after a reset
 OPTIONS: Final = "timeout=5,idle=20,debug"
 
 GENERATIONS: Final = (
@@ -113,12 +113,15 @@ class Soak:
     def unmount(self) -> None:
         assert self.process is not None
         subprocess.run(["umount", self.point], check=True)
-        if (status := self.process.wait(60)) != 0:
+        if (status := self.process.wait(PATIENCE)) != 0:
             raise Wrong(f"backupfs ended with status {status}")
         self.check_nothing_left()
 
     def release(self) -> None:
-        subprocess.run([BACKUPFS, "release", self.point], env=self.env, check=True, capture_output=True)
+        """End the point; EIO where it does not end."""
+        done = subprocess.run([BACKUPFS, "release", self.point], env=self.env, check=False, capture_output=True)
+        if done.returncode:
+            raise OSError(errno.EIO, f"release: {done.stderr.decode().strip()}")
 
     def wait(self, true: Callable[[], object], seconds: float, why: str) -> None:
         deadline = time.monotonic() + seconds
@@ -215,8 +218,8 @@ class Soak:
         """See that a new point can be had and is whole."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            self.release()
             try:
+                self.release()
                 self.check_copy("vda", self.copy("vda", "cp", "again"))
                 return
             except OSError as error:

@@ -174,6 +174,20 @@ def test_libvirtd_killed_while_the_job_stops(own_guest: Guest, mount: Mounter, f
     see_next_point(mounted, tried, truth)
 
 
+def test_a_left_over_is_known_to_be_ours_though_libvirtd_was_restarted(own_guest: Guest, mount: Mounter) -> None:
+    truth = fill(own_guest, "A")
+    first = mount(own_guest)
+    os.listdir(first.raw)
+    # Here libvirt calls its host by another name after each start.
+    with away(own_guest.libvirt):
+        first.process.kill()
+        first.process.wait()
+    subprocess.run(["umount", first.path], check=True)
+    second = mount(own_guest)
+    assert read_all(second.image) == truth
+    second.unmount()
+
+
 def test_guest_that_is_reset_does_not_disturb_the_point(own_guest: Guest, mount: Mounter, fault: Faults) -> None:
     for deed, title in (("reset", "`virsh reset`"), ("panic", "the guest's kernel panics and reboots")):
         tried = fault(title)
