@@ -91,14 +91,14 @@ class Guest:
         self.libvirt.virsh("start", self.uuid)
         self._connect()
 
-    def _connect(self, timeout: float = BOOT_SECONDS) -> None:
+    def _connect(self) -> None:
         if self._socket is not None:
             self._socket.close()
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(timeout)
+        self._socket.settimeout(BOOT_SECONDS)
         self._socket.connect(str(self.folder / "shell"))
         # Sent before the guest listens, it waits in the socket.
-        self.run("true", timeout=timeout)
+        self.run("true", timeout=BOOT_SECONDS)
 
     def reboot_by(self, deed: Callable[[], object]) -> None:
         """Do what makes the guest boot anew within the same QEMU; return when it takes commands again."""
@@ -107,9 +107,9 @@ class Guest:
         deed()
         deadline = time.monotonic() + BOOT_SECONDS
         while True:
-            # What was sent to the guest that is no more is lost, so it is sent again.
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                self._connect(timeout=5.0)
+            # On the same connection: without one, the old guest would power itself off. What was sent to the
+            # guest that is no more is lost, so it is sent again.
+            with contextlib.suppress(TimeoutError):
                 if before not in self.run(question, timeout=5.0):
                     return
             if time.monotonic() > deadline:
