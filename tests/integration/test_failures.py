@@ -233,7 +233,7 @@ def test_a_stopped_qemu_does_not_hold_the_begin_for_ever(own_guest: Guest, mount
         own_guest.signal(signal.SIGCONT)
     wait_until(lambda: _lists(mounted.raw), 40)
     tried.guest(own_guest, "running", when="after SIGCONT")
-    tried.log(mounted, "point in time", when="after SIGCONT")
+    tried.log(mounted, "begins", when="after SIGCONT", cut=True)
     mounted.unmount()
 
 
