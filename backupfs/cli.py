@@ -213,7 +213,7 @@ def _run_command(words: Sequence[str]) -> int:
         return 0
     from backupfs.control import call  # noqa: PLC0415
 
-    print(call(status["control"], words[0], timeout=120.0))
+    print(call(status["control"], words[0], timeout=240.0))
     return 0
 
 

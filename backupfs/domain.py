@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
+from urllib.parse import urlsplit
 
 import trio
 
@@ -19,6 +21,7 @@ from backupfs.errors import (
     AgentRefused,
     AgentUnavailable,
     DomainNotRunning,
+    JobStuck,
     LibvirtUnavailable,
     MissingDependency,
     NoSuchDomain,
@@ -51,6 +54,13 @@ _OPERATIONS: Final = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
     libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
     libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
+}
+
+_BLOCK_JOBS: Final = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "commit",
 }
 
 
@@ -132,7 +142,10 @@ class Domain(Link):
         return cast("str | None", await self._ask("look for a backup job", ask))
 
     async def job_statistics(self) -> JobStatistics | None:
-        """Return what runs on the domain, or None. Waits for QEMU where the job is a backup."""
+        """Return what runs on the domain, or None. Waits for QEMU where the job is a backup.
+
+        Raises JobStuck where a job runs of which libvirt knows nothing more.
+        """
 
         def ask(d: Any) -> JobStatistics | None:
             try:
@@ -140,6 +153,9 @@ class Domain(Link):
             except libvirt.libvirtError as error:
                 if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:
                     return None  # not running
+                if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR and "backup job data" in str(error):
+                    # The job is in the status that libvirt keeps on disk, what it does is not.
+                    raise JobStuck(self.name) from error
                 raise
             if found.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
                 return None
@@ -147,6 +163,17 @@ class Domain(Link):
             return JobStatistics(operation, found.get("disk_temp_used"), found.get("disk_temp_total"))
 
         return cast("JobStatistics | None", await self._ask("ask for the running job", ask))
+
+    async def block_job(self, targets: Collection[str]) -> str | None:
+        """Say what block job runs on one of the disks *targets*: a copy of another program, say."""
+
+        def ask(d: Any) -> str | None:
+            for target in targets:
+                if found := d.blockJobInfo(target, 0):
+                    return f"a block {_BLOCK_JOBS.get(found['type'], 'job')} of {target}"
+            return None
+
+        return await self._ask("look for a block job", ask)
 
     # --- the guest agent ---------------------------------------------------------------------
 
@@ -244,6 +271,19 @@ class Domain(Link):
         return cast(bool, await self._do("end the backup job", abort))
 
 
+def _host(uri: str, connection: Connection) -> str:
+    """Return what tells the domain's host from others, the same whenever it is asked.
+
+    Libvirt's own identifier is another one after each start where the firmware gives none.
+    """
+    if urlsplit(uri).hostname:
+        return domainxml.parse_host_uuid(connection.getCapabilities())
+    with contextlib.suppress(OSError), open("/etc/machine-id", encoding="ascii", errors="replace") as file:
+        if re.fullmatch(r"[0-9a-f]{32}", identity := file.read().strip()):
+            return identity
+    return "local"
+
+
 def _find(connection: Connection, source: str) -> Any:
     """Find a domain by name, else by UUID, as virsh does; raise libvirtError."""
     try:
@@ -271,8 +311,7 @@ async def open_domain(source: str, uri: str | None, *, timeout: float) -> AsyncI
         try:
             canonical = connection.getURI()
             domain = _find(connection, source)
-            host_uuid = domainxml.parse_host_uuid(connection.getCapabilities())
-            return canonical, domain.name(), domain.UUIDString(), host_uuid
+            return canonical, domain.name(), domain.UUIDString(), _host(canonical, connection)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 raise NoSuchDomain(source, canonical) from error

@@ -181,6 +181,19 @@ class ForeignJob(BackupfsError):
 
 
 @dataclass(eq=False)
+class JobStuck(BackupfsError):
+    """Libvirt keeps a job that it has forgotten: it was killed while the job began (libvirt 9.0)."""
+
+    domain: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.domain}: libvirt was killed while a backup began, and keeps a job that nobody can end; "
+            "shut the guest down, restart libvirt, then start the guest"
+        )
+
+
+@dataclass(eq=False)
 class DiskUnusable(BackupfsError):
     """A disk that belongs into the backup cannot be served as things are."""
 

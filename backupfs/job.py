@@ -38,7 +38,7 @@ from backupfs.domainxml import Reason, parse_backup
 from backupfs.errors import BackupfsError, NotBegun, PointLost, PointOver
 from backupfs.link import Happening, Kind
 from backupfs.options import Options
-from backupfs.point import Point, open_point
+from backupfs.point import ABORT_SECONDS, GONE_SECONDS, Point, open_point
 from backupfs.state import State
 
 log = logging.getLogger("backupfs.job")
@@ -168,7 +168,7 @@ class Job:
         """End the point in time, or forget the lost one; return how many open files it cut off."""
         while self.state in (JobState.STARTING, JobState.STOPPING):
             with contextlib.suppress(BackupfsError):
-                await self._wait_settled()
+                await self._wait_settled(ABORT_SECONDS + GONE_SECONDS)
         if self.state is JobState.LOST:
             await self._settled.wait()  # its remains are still being cleared away
             if self.state is JobState.LOST:
@@ -178,7 +178,8 @@ class Job:
             return 0
         cut_off = len(self._leases)
         self._end("released by command")
-        await self._wait_settled()
+        # Whoever asks for it needs it to be over: he has a snapshot to make, say.
+        await self._wait_settled(ABORT_SECONDS + GONE_SECONDS)
         return cut_off
 
     def lease(self, point: Point, pid: int) -> Lease:
@@ -232,19 +233,21 @@ class Job:
         self._error = None
         self._nursery.start_soon(self._live)
 
-    async def _wait_settled(self) -> None:
-        """Wait until the job is neither starting nor stopping; raise what a start has met."""
+    async def _wait_settled(self, patience: float = 0.0) -> None:
+        """Wait until the job is neither starting nor stopping; raise what a start has met.
+
+        That is for *patience* seconds, at least for `timeout=`.
+        """
         # A begin behind a stopped QEMU can take for ever, and a reader in the kernel cannot be
         # killed before he is answered.
         settled = self._settled
-        with trio.move_on_after(self.options.timeout):
+        patience = max(patience, self.options.timeout)
+        with trio.move_on_after(patience):
             await settled.wait()
             if self._error is not None and self.state is not JobState.RUNNING:
                 raise self._error
             return
-        raise PointLost(
-            self.domain.name, f"the backup job is still {self.state.value} after {self.options.timeout:g} s"
-        )
+        raise PointLost(self.domain.name, f"the backup job is still {self.state.value} after {patience:g} s")
 
     async def _live(self) -> None:
         """Live through one point in time, from the first look to the job's end."""
@@ -462,15 +465,15 @@ class Job:
             while self.state is JobState.STARTING:
                 with contextlib.suppress(BackupfsError):
                     await self._wait_settled()
+            scope.deadline = trio.current_time() + max(self.options.timeout, ABORT_SECONDS + GONE_SECONDS)
             if self.state is JobState.RUNNING:
                 self._end(reason)
             await self._settled.wait()
             return
         log.error(
-            "%s: the backup job is still %s after %g s; it stays recorded, the next mount will end it",
+            "%s: the backup job is still %s; it stays recorded, the next mount will end it",
             self.domain.name,
             self.state.value,
-            self.options.timeout,
         )
 
 

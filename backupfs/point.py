@@ -51,7 +51,11 @@ from backupfs.window import BLOCK
 log = logging.getLogger("backupfs.point")
 
 LONGEST_SOCKET_PATH: Final = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
-END_SECONDS: Final = 20.0  # libvirt needs up to 1 s after an abort; more means that QEMU is stopped
+ABORT_SECONDS: Final = 20.0  # an abort takes 20 ms; more means that QEMU is stopped
+# Then the job is gone within a second. But each time the guest has opened or closed a virtio port while
+# the job ran (it was reset, or its agent restarted), libvirt 9.0 waits 30 s for a lock that the backup
+# holds, and handles the job's end only after that: up to a minute for each port at a reset (measured).
+GONE_SECONDS: Final = 185.0
 NVRAM_ATTEMPTS: Final = 5
 
 
@@ -147,6 +151,9 @@ async def open_point(
     seen = await survey(domain, options)
     if not seen.selection.taking:
         raise LibvirtRefused(domain.name, "begin a backup", "no disk of the domain can take part")
+
+    if (other := await domain.block_job([disk.target for disk in seen.selection.taking])) is not None:
+        raise ForeignJob(domain.name, other)
 
     job_id = secrets.token_hex(8)
     scratches = {
@@ -256,15 +263,16 @@ async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) 
 async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
     """End our job, wait until libvirt says that it is gone, and remove what it left."""
     try:
-        with trio.fail_after(END_SECONDS) as scope:
-            scope.shield = True
+        with trio.CancelScope(shield=True):
             with contextlib.suppress(NoSuchDomain):  # undefined, or a transient one that stopped
-                await domain.abort_backup(record.socket)
-                await _wait_until_gone(domain, record.socket)
+                with trio.fail_after(ABORT_SECONDS):
+                    await domain.abort_backup(record.socket)
+                with trio.fail_after(GONE_SECONDS):
+                    await _wait_until_gone(domain, record.socket)
             await trio.to_thread.run_sync(_remove_files, domain, record)
     except (BackupfsError, trio.TooSlowError) as error:
         # A stopped QEMU, say. Kept in the record: the next point, or the next mount, ends it.
-        why = error if isinstance(error, BackupfsError) else f"not ended within {END_SECONDS:g} s"
+        why = error if isinstance(error, BackupfsError) else "libvirt does not end it"
         log.error("%s: the backup job on %s: %s; the next mount will end it", domain.name, record.socket, why)
     else:
         if state.job is not None:
@@ -309,6 +317,7 @@ def _socket_path(domain: Domain, state: State, facts: domainxml.DomainFacts, job
                 return path
     folder = Path("/run/backupfs", domain.uuid) if os.geteuid() == 0 else state.folder
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)  # whatever an older one was
     if os.geteuid() == 0:
         folder.parent.chmod(0o711)
         if facts.qemu_user is not None:

@@ -6,7 +6,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# A busy machine makes any example slow; pytest's own time-out catches what hangs.
+hypothesis.settings.register_profile("backupfs", deadline=None)
+hypothesis.settings.load_profile("backupfs")
+
+pytest_plugins = ["tests.faults"]
 
 
 class _Collector(logging.Handler):

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
@@ -71,7 +71,11 @@ class CommandFailed(Exception):
 
 @dataclass(eq=False)
 class Guest:
-    """A running guest. `paths` are the images by target."""
+    """A running guest. `paths` are the images by target.
+
+    Told what to do by virsh, for the daemon may have been restarted under a connection; and by UUID, for the
+    domain may have been renamed.
+    """
 
     libvirt: Libvirt
     name: str
@@ -84,7 +88,7 @@ class Guest:
 
     def start(self) -> None:
         """Boot it; return when it takes commands."""
-        self.domain.create()
+        self.libvirt.virsh("start", self.uuid)
         self._connect()
 
     def _connect(self) -> None:
@@ -95,6 +99,21 @@ class Guest:
         self._socket.connect(str(self.folder / "shell"))
         # Sent before the guest listens, it waits in the socket.
         self.run("true", timeout=BOOT_SECONDS)
+
+    def reboot_by(self, deed: Callable[[], object]) -> None:
+        """Do what makes the guest boot anew within the same QEMU; return when it takes commands again."""
+        question = "cat /proc/sys/kernel/random/boot_id"
+        before = self.run(question)
+        deed()
+        deadline = time.monotonic() + BOOT_SECONDS
+        while True:
+            # On the same connection: without one, the old guest would power itself off. What was sent to the
+            # guest that is no more is lost, so it is sent again.
+            with contextlib.suppress(TimeoutError):
+                if before not in self.run(question, timeout=5.0):
+                    return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} does not boot")
 
     def run(self, command: str, *, timeout: float = COMMAND_SECONDS) -> str:
         """Run a shell command of one line in the guest; return its output, raise CommandFailed."""
@@ -161,20 +180,20 @@ class Guest:
         self.run("kill $(cat /tmp/writer); sync")
 
     def pause(self) -> None:
-        self.domain.suspend()
+        self.libvirt.virsh("suspend", self.uuid)
 
     def resume(self) -> None:
-        self.domain.resume()
+        self.libvirt.virsh("resume", self.uuid)
 
     def destroy(self) -> None:
         """Pull the plug."""
-        with contextlib.suppress(libvirt.libvirtError):
-            self.domain.destroy()
+        with contextlib.suppress(RuntimeError):
+            self.libvirt.virsh("destroy", self.uuid)
 
     @property
     def state(self) -> str:
         """What virsh domstate says."""
-        return self.libvirt.virsh("domstate", self.name)
+        return self.libvirt.virsh("domstate", self.uuid)
 
     @property
     def pid(self) -> int:
@@ -297,8 +316,7 @@ def open_guest(
     finally:
         if guest is not None and guest._socket is not None:
             guest._socket.close()
-        # By virsh, for a test may have restarted the daemon under this connection.
-        for words in (("destroy", name), ("undefine", name, "--checkpoints-metadata", "--nvram")):
+        for words in (("destroy", identity), ("undefine", identity, "--checkpoints-metadata", "--nvram")):
             with contextlib.suppress(RuntimeError):
                 lab.virsh(*words)
         with contextlib.suppress(libvirt.libvirtError):

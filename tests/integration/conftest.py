@@ -94,10 +94,10 @@ class Mounted:
         """Wait until the log holds *text*."""
         wait_until(lambda: text in self.log, timeout, lambda: f"no {text!r} in: {self.log}")
 
-    def unmount(self) -> None:
+    def unmount(self, within: float = 30.0) -> None:
         """Unmount as an administrator does, and see that nothing is left."""
         subprocess.run(["umount", self.path], check=True)
-        assert self.process.wait(30) == 0, self.log
+        assert self.process.wait(within) == 0, self.log
         assert_nothing_left(self.guest)
 
 
@@ -112,7 +112,7 @@ def wait_until(true: Callable[[], object], timeout: float = 30.0, why: Callable[
 def assert_nothing_left(guest: Guest) -> None:
     """No job, no socket, no scratch file."""
     with pytest.raises(RuntimeError, match=r"domain backup|no current backup"):
-        guest.libvirt.virsh("backup-dumpxml", guest.name)
+        guest.libvirt.virsh("backup-dumpxml", guest.uuid)
     left = [str(path) for path in guest.libvirt.folder.rglob("*backupfs-*")]
     assert left == []
 

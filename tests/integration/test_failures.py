@@ -18,9 +18,12 @@ from pathlib import Path
 import pytest
 from lab import Guest, Libvirt
 
+from ..faults import Fault
 from .conftest import COMMAND, MIB, Mounted, Mounter, assert_nothing_left, wait_until
 
 SYS_PIDFD_GETFD = 438
+
+Faults = Callable[..., Fault]
 
 
 def read_all(path: Path) -> bytes:
@@ -38,7 +41,16 @@ def assert_errno(number: int, action: Callable[[], object], within: float = 10.0
 
 
 @pytest.mark.parametrize("way", ["destroy", "kill", "poweroff"])
-def test_guest_that_stops_loses_the_point_and_a_new_one_can_begin(own_guest: Guest, mount: Mounter, way: str) -> None:
+def test_guest_that_stops_loses_the_point_and_a_new_one_can_begin(
+    own_guest: Guest, mount: Mounter, fault: Faults, way: str
+) -> None:
+    tried = fault(
+        {
+            "destroy": "`virsh destroy`",
+            "kill": "QEMU is killed with SIGKILL",
+            "poweroff": "the guest powers itself off",
+        }[way]
+    )
     own_guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=8; sync")
     mounted = mount(own_guest)
     descriptor = os.open(mounted.image, os.O_RDONLY)
@@ -50,17 +62,18 @@ def test_guest_that_stops_loses_the_point_and_a_new_one_can_begin(own_guest: Gue
             own_guest.signal(signal.SIGKILL)
         case "poweroff":
             own_guest.run("(sleep 0.2; poweroff -f) & true")
-    mounted.wait_log("is lost")
+    tried.log(mounted, "is lost", cut=way != "poweroff")
     if way == "poweroff":
         assert "shut down by its guest" in mounted.log
     else:
         assert "by its guest" not in mounted.log
-    assert_errno(errno.EIO, lambda: os.pread(descriptor, MIB, 5 * MIB))
-    assert_errno(errno.EIO, lambda: os.listdir(mounted.raw))
+    tried.fails(errno.EIO, lambda: os.pread(descriptor, MIB, 5 * MIB))
+    tried.fails(errno.EIO, lambda: os.listdir(mounted.raw))
     os.close(descriptor)
     # Libvirt 9.0 takes 30 s and more over a guest that powers off during a backup: its one thread
     # waits for the job to handle the closing of a virtio port, with QEMU's end behind it in the queue.
     own_guest.wait_state("shut off", 120)
+    tried.guest(own_guest, "shut off")
     mounted.release()
     # The domain is off: that is what a look is told, in the log.
     assert_errno(errno.EIO, lambda: os.listdir(mounted.raw))
@@ -70,13 +83,15 @@ def test_guest_that_stops_loses_the_point_and_a_new_one_can_begin(own_guest: Gue
     mounted.unmount()
 
 
-def test_job_ended_from_outside_is_lost_at_once(own_guest: Guest, mount: Mounter) -> None:
+def test_job_ended_from_outside_is_lost_at_once(own_guest: Guest, mount: Mounter, fault: Faults) -> None:
+    tried = fault("`virsh domjobabort` while a point is held", "Other owners of the domain")
     own_guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=8; sync")
     mounted = mount(own_guest)
     descriptor = os.open(mounted.image, os.O_RDONLY)
-    own_guest.libvirt.virsh("domjobabort", own_guest.name)
-    mounted.wait_log("is lost")
-    assert_errno(errno.EIO, lambda: os.pread(descriptor, MIB, 5 * MIB))
+    tried.allowed("domjobabort", lambda: own_guest.libvirt.virsh("domjobabort", own_guest.name))
+    tried.log(mounted, "is lost")
+    tried.fails(errno.EIO, lambda: os.pread(descriptor, MIB, 5 * MIB))
+    tried.guest(own_guest, "running")
     os.close(descriptor)
     # Nobody is carried over into another point by trying again.
     assert_errno(errno.EIO, lambda: open(mounted.image, "rb"))
@@ -86,13 +101,16 @@ def test_job_ended_from_outside_is_lost_at_once(own_guest: Guest, mount: Mounter
     mounted.unmount()
 
 
-def test_foreign_job_is_ebusy_at_once_and_left_alone(own_guest: Guest, mount: Mounter) -> None:
+def test_foreign_job_is_ebusy_at_once_and_left_alone(own_guest: Guest, mount: Mounter, fault: Faults) -> None:
+    tried = fault("another program's backup job runs", "Other owners of the domain")
     theirs = own_guest.folder / "theirs.sock"
     xml = own_guest.folder / "backup.xml"
     xml.write_text(f"<domainbackup mode='pull'><server transport='unix' socket='{theirs}'/></domainbackup>")
     mounted = mount(own_guest)
     own_guest.libvirt.virsh("backup-begin", own_guest.name, str(xml))
-    assert_errno(errno.EBUSY, lambda: os.listdir(mounted.raw), within=3)
+    tried.fails(errno.EBUSY, lambda: os.listdir(mounted.raw), within=3)
+    tried.log(mounted, "no point in time")
+    tried.guest(own_guest, "running")
     assert mounted.log.count(str(theirs)) == 1, "told once"
     assert str(theirs) in own_guest.libvirt.virsh("backup-dumpxml", own_guest.name)
     # Nor does unmounting touch it.
@@ -117,17 +135,20 @@ def test_left_over_of_a_killed_process_is_ended_by_the_next_mount(own_guest: Gue
     second.unmount()
 
 
-def test_libvirtd_restarted_while_reading_is_not_noticed(own_guest: Guest, mount: Mounter) -> None:
+def test_libvirtd_restarted_while_reading_is_not_noticed(own_guest: Guest, mount: Mounter, fault: Faults) -> None:
+    tried = fault("libvirtd is killed while a point is read, and started again", "Libvirt")
     own_guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32; sync")
     mounted = mount(own_guest)
     before = read_all(mounted.image)
     own_guest.libvirt.kill()
     try:
-        assert read_all(mounted.image) == before
+        tried.reads(lambda: read_all(mounted.image), before, when="while it is away")
     finally:
         own_guest.libvirt.start()
-    mounted.wait_log("connected to libvirt")
-    assert read_all(mounted.image) == before
+    tried.log(mounted, "lost the connection to libvirt")
+    tried.log(mounted, "connected to libvirt")
+    tried.reads(lambda: read_all(mounted.image), before, when="afterwards")
+    tried.guest(own_guest, "running")
     assert mounted.status()["state"] == "running"
     mounted.release()
     assert len(read_all(mounted.image)) == 32 * MIB
@@ -153,27 +174,34 @@ def cut_nbd(mounted: Mounted) -> int:
     return cut
 
 
-def test_cut_nbd_connections_are_made_again(own_guest: Guest, mount: Mounter) -> None:
+def test_cut_nbd_connections_are_made_again(own_guest: Guest, mount: Mounter, fault: Faults) -> None:
+    tried = fault("all NBD connections are cut", "NBD")
     own_guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32; sync")
     mounted = mount(own_guest, "timeout=5")
     before = read_all(mounted.image)
     assert cut_nbd(mounted) >= 1
-    assert read_all(mounted.image) == before
+    tried.reads(lambda: read_all(mounted.image), before)
+    tried.log(mounted, "the NBD connection broke", cut=True)
+    tried.guest(own_guest, "running")
     assert mounted.status()["state"] == "running"
     assert mounted.status()["disks"]["vda"]["reconnects"] >= 1
     mounted.unmount()
 
 
 def test_a_stopped_qemu_gives_eio_within_the_timeout_and_the_reader_can_be_killed(
-    own_guest: Guest, mount: Mounter
+    own_guest: Guest, mount: Mounter, fault: Faults
 ) -> None:
+    tried = fault("QEMU is stopped with SIGSTOP while a point is read")
     own_guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32; sync")
     mounted = mount(own_guest, "timeout=2")
+    truth = read_all(mounted.image)
     descriptor = os.open(mounted.image, os.O_RDONLY)
     assert len(os.pread(descriptor, 10, 0)) == 10
     own_guest.signal(signal.SIGSTOP)
     try:
-        assert_errno(errno.EIO, lambda: os.pread(descriptor, MIB, 20 * MIB), within=8)
+        # Not from the page cache: dd read past it.
+        tried.fails(errno.EIO, lambda: os.pread(descriptor, MIB, 20 * MIB), within=8, when="after `timeout=`")
+        tried.log(mounted, "has not answered")
         reader = subprocess.Popen(["dd", f"if={mounted.image}", "of=/dev/null", "bs=1M", "skip=24", "status=none"],
                                   stderr=subprocess.DEVNULL)  # fmt: skip
         reader.kill()
@@ -182,6 +210,8 @@ def test_a_stopped_qemu_gives_eio_within_the_timeout_and_the_reader_can_be_kille
     finally:
         own_guest.signal(signal.SIGCONT)
     wait_until(lambda: _reads(descriptor, 20 * MIB), 20)
+    tried.reads(lambda: read_all(mounted.image), truth, when="after SIGCONT")
+    tried.guest(own_guest, "running", when="after SIGCONT")
     os.close(descriptor)
     mounted.unmount()
 
@@ -193,14 +223,17 @@ def _reads(descriptor: int, offset: int) -> bool:
         return False
 
 
-def test_a_stopped_qemu_does_not_hold_the_begin_for_ever(own_guest: Guest, mount: Mounter) -> None:
+def test_a_stopped_qemu_does_not_hold_the_begin_for_ever(own_guest: Guest, mount: Mounter, fault: Faults) -> None:
+    tried = fault("QEMU is stopped with SIGSTOP when a point is to begin")
     mounted = mount(own_guest, "timeout=2")
     own_guest.signal(signal.SIGSTOP)
     try:
-        assert_errno(errno.EIO, lambda: os.listdir(mounted.raw), within=8)
+        tried.fails(errno.EIO, lambda: os.listdir(mounted.raw), within=8, when="after `timeout=`")
     finally:
         own_guest.signal(signal.SIGCONT)
     wait_until(lambda: _lists(mounted.raw), 40)
+    tried.guest(own_guest, "running", when="after SIGCONT")
+    tried.log(mounted, "begins", when="after SIGCONT", cut=True)
     mounted.unmount()
 
 
@@ -230,7 +263,10 @@ def test_sigterm_unmounts_what_nobody_uses(own_guest: Guest, mount: Mounter) -> 
     assert_nothing_left(own_guest)
 
 
-def test_sigterm_while_in_use_leaves_a_dead_mount_never_an_empty_folder(own_guest: Guest, mount: Mounter) -> None:
+def test_sigterm_while_in_use_leaves_a_dead_mount_never_an_empty_folder(
+    own_guest: Guest, mount: Mounter, fault: Faults
+) -> None:
+    tried = fault("SIGTERM while a file is open", "backupfs itself")
     own_guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32; sync")
     mounted = mount(own_guest)
     descriptor = os.open(mounted.image, os.O_RDONLY)
@@ -255,7 +291,9 @@ def test_sigterm_while_in_use_leaves_a_dead_mount_never_an_empty_folder(own_gues
     stop.set()
     reader.join()
     assert set(errors) <= {errno.EIO, errno.ENOTCONN}
-    assert_errno(errno.ENOTCONN, lambda: os.listdir(mounted.path))
+    tried.fails(errno.ENOTCONN, lambda: os.listdir(mounted.path))
+    tried.log(mounted, "the mount point stays dead")
+    tried.guest(own_guest, "running")
     assert_nothing_left(own_guest)
     with contextlib.suppress(OSError):  # ENOTCONN, for nobody is left to be told
         os.close(descriptor)

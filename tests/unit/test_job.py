@@ -31,6 +31,7 @@ class Backend:
     running: int = 0
     begun: int = 0
     slow: float = 0.0
+    slow_to_end: float = 0.0
     name: str = "web01"
     on_lost: Callable[[str], None] | None = None
     last_instant: int = 0
@@ -63,7 +64,8 @@ class Backend:
                 exports={}, scratches={}, left_out={}, quiesced=self.quiesced,
             )  # fmt: skip
         finally:
-            await trio.lowlevel.checkpoint()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(self.slow_to_end)
             self.running -= 1
 
 
@@ -91,6 +93,26 @@ async def test_all_who_look_share_one_point(backend: Backend, autojump_clock: An
                 nursery.start_soon(look)
         assert len({id(point) for point in seen}) == 1
         assert backend.begun == 1
+    assert backend.running == 0
+
+
+async def test_release_and_unmount_wait_for_an_end_that_takes_a_minute_and_readers_do_not(
+    backend: Backend, autojump_clock: Any
+) -> None:
+    # Libvirt 9.0 needs so long after a reset of the guest.
+    backend.slow_to_end = 60.0
+    async with opened(backend, timeout=5.0) as job:
+        await job.look()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(job.release)
+            await trio.testing.wait_all_tasks_blocked()
+            begun = trio.current_time()
+            with pytest.raises(PointLost, match="still stopping after 5 s"):
+                await job.look()
+            assert trio.current_time() - begun == 5.0
+        assert job.state is JobState.IDLE
+        assert trio.current_time() - begun == 60.0
+        await job.look()
     assert backend.running == 0
 
 
