@@ -32,10 +32,11 @@ from backupfs.control import open_control
 from backupfs.domain import Domain, open_domain
 from backupfs.errors import LibvirtRefused, MountPointError
 from backupfs.job import Job, open_job
+from backupfs.leftover import clear_left_over
 from backupfs.logs import RingLog
 from backupfs.operations import Operations
 from backupfs.options import Options
-from backupfs.point import clear_left_over, survey
+from backupfs.point import survey
 from backupfs.report import Reporter
 from backupfs.state import State, open_state
 from backupfs.status import render_json, render_metrics

@@ -34,16 +34,15 @@ from backupfs.errors import (
     DomainNotRunning,
     ForeignJob,
     LibvirtRefused,
-    LibvirtTimeout,
     LibvirtUnavailable,
-    NoSuchDomain,
 )
 from backupfs.export import Export, open_export
 from backupfs.forms import Forms
 from backupfs.image import RawImage
+from backupfs.leftover import clear_left_over, end_job
 from backupfs.nbdclient import Address
 from backupfs.options import Options
-from backupfs.quiesce import Quiesced, open_freezer, thaw_left_over
+from backupfs.quiesce import Quiesced, open_freezer
 from backupfs.rate import Bucket
 from backupfs.state import JobRecord, State, next_instant
 from backupfs.window import BLOCK
@@ -51,11 +50,6 @@ from backupfs.window import BLOCK
 log = logging.getLogger("backupfs.point")
 
 LONGEST_SOCKET_PATH: Final = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
-ABORT_SECONDS: Final = 20.0  # an abort takes 20 ms; more means that QEMU is stopped
-# Then the job is gone within a second. But each time the guest has opened or closed a virtio port while
-# the job ran (it was reset, or its agent restarted), libvirt 9.0 waits 30 s for a lock that the backup
-# holds, and handles the job's end only after that: up to a minute for each port at a reset (measured).
-GONE_SECONDS: Final = 185.0
 NVRAM_ATTEMPTS: Final = 5
 
 
@@ -108,26 +102,6 @@ async def survey(domain: Domain, options: Options) -> Survey:
     return Survey(domainxml.parse_domain(xml), disks, selection)
 
 
-async def clear_left_over(domain: Domain, state: State) -> None:
-    """End the job that a killed process of ours has left, and remove its files.
-
-    Called by the one who holds the state folder's lock, so the process really is gone. Raises
-    ForeignJob where another program's job runs.
-    """
-    record = state.job
-    if record is not None:
-        await thaw_left_over(domain, state, record)  # first: a frozen guest is a stopped one
-    xml = await domain.backup_xml()
-    running = domainxml.parse_backup(xml).socket if xml is not None else None
-    if xml is not None and (record is None or running != record.socket):
-        raise ForeignJob(domain.name, f"a backup job that serves on {running or 'another transport'}")
-    if record is not None:
-        log.info("%s: ending the backup job that was left over, on %s", domain.name, record.socket)
-        await _end_job(domain, state, record)
-        if state.job is not None:
-            raise LibvirtTimeout(domain.name, "begin a backup", f"the job left over on {record.socket} does not end")
-
-
 @contextlib.asynccontextmanager
 async def open_point(
     domain: Domain,
@@ -174,7 +148,7 @@ async def open_point(
             nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
             restore_xml = await domain.restore_xml()
             state.record_job(record)
-            stack.push_async_callback(_end_job, domain, state, record)
+            stack.push_async_callback(end_job, domain, state, record)
             quiesced = await freezer.begin(lambda: domain.begin_backup(backup_xml))
         began = time.time()
         nvram, nvram_reason = await _settle_nvram(domain, seen.domain.nvram, nvram, nvram_reason)
@@ -258,50 +232,6 @@ async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) 
         return True
     on_lost("the backup job has ended")
     return False
-
-
-async def _end_job(domain: Domain, state: State, record: JobRecord) -> None:
-    """End our job, wait until libvirt says that it is gone, and remove what it left."""
-    try:
-        with trio.CancelScope(shield=True):
-            with contextlib.suppress(NoSuchDomain):  # undefined, or a transient one that stopped
-                with trio.fail_after(ABORT_SECONDS):
-                    await domain.abort_backup(record.socket)
-                with trio.fail_after(GONE_SECONDS):
-                    await _wait_until_gone(domain, record.socket)
-            await trio.to_thread.run_sync(_remove_files, domain, record)
-    except (BackupfsError, trio.TooSlowError) as error:
-        # A stopped QEMU, say. Kept in the record: the next point, or the next mount, ends it.
-        why = error if isinstance(error, BackupfsError) else "libvirt does not end it"
-        log.error("%s: the backup job on %s: %s; the next mount will end it", domain.name, record.socket, why)
-    else:
-        if state.job is not None:
-            with trio.CancelScope(shield=True):
-                await thaw_left_over(domain, state, state.job, last=True)
-        state.forget_job()
-
-
-async def _wait_until_gone(domain: Domain, socket: str) -> None:
-    # No event tells reliably: the one for the job's end comes before its files are removed.
-    while (xml := await domain.backup_xml()) is not None and domainxml.parse_backup(xml).socket == socket:  # noqa: ASYNC110
-        await trio.sleep(0.02)
-
-
-def _remove_files(domain: Domain, record: JobRecord) -> None:
-    """Remove the job's socket and scratch files where they are still there (QEMU was killed).
-
-    Each name is made up of the job's random number, so nobody else's file can have it.
-    """
-    if not domain.is_local:
-        return
-    for path in (record.socket, *record.scratches):
-        if record.job_id not in os.path.basename(path):
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                os.unlink(path)
-            except PermissionError as error:
-                log.warning("%s: cannot remove %s: %s; remove it by hand", domain.name, path, error.strerror)
 
 
 def _socket_path(domain: Domain, state: State, facts: domainxml.DomainFacts, job_id: str) -> str:
