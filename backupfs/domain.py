@@ -175,6 +175,14 @@ class Domain(Link):
 
         return await self._ask("look for a block job", ask)
 
+    async def is_paused_by_error(self) -> bool:
+        """Whether the guest is paused, and an I/O error is the reason: nobody suspended it."""
+        return cast(bool, await self._ask("ask for the state", _is_paused_by_error))
+
+    async def set_threshold(self, node: str, size: int) -> None:
+        """Have a SCRATCH_GREW, once, when *node* (`vda[2]`, see the backup XML) grows beyond *size*."""
+        await self._ask("watch the scratch file", lambda d: d.setBlockThreshold(node, size))
+
     # --- the guest agent ---------------------------------------------------------------------
 
     async def agent_state(self) -> AgentState:
@@ -269,6 +277,24 @@ class Domain(Link):
             return True
 
         return cast(bool, await self._do("end the backup job", abort))
+
+    async def resume_after_error(self) -> bool:
+        """Let the guest run on if an I/O error has paused it; False if it runs, or was suspended by somebody.
+
+        It is looked at right before, in the same thread, as for an abort.
+        """
+
+        def resume(d: Any) -> bool:
+            if not _is_paused_by_error(d):
+                return False
+            d.resume()
+            return True
+
+        return cast(bool, await self._do("resume the guest", resume))
+
+
+def _is_paused_by_error(domain: Any) -> bool:
+    return tuple(domain.state()) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
 
 
 def _host(uri: str, connection: Connection) -> str:

@@ -169,6 +169,34 @@ class DomainInUse(BackupfsError):
 
 
 @dataclass(eq=False)
+class WatchdogBusy(BackupfsError):
+    """The watchdog of a killed mount still has its job to end."""
+
+    errno: ClassVar[int] = errno.EBUSY
+    exit_status: ClassVar[int] = 6
+    domain: str
+    holder: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.domain}: the watchdog of the mount before ({self.holder}) is still ending its backup job;"
+            " is QEMU stopped, or libvirtd away? let it run, then mount again"
+        )
+
+
+@dataclass(eq=False)
+class WatchdogGone(BackupfsError):
+    """No watchdog runs, and without one no backup job begins."""
+
+    errno: ClassVar[int] = errno.EIO
+    domain: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: no backup begins without a watchdog: {self.reason}; if it stays so, mount again"
+
+
+@dataclass(eq=False)
 class ForeignJob(BackupfsError):
     """Another program's job runs on the domain; it is never touched."""
 
@@ -206,6 +234,39 @@ class DiskUnusable(BackupfsError):
 
     def __str__(self) -> str:
         return f"{self.domain}: disk {self.disk}: {self.reason}; {self.cure}"
+
+
+@dataclass(eq=False)
+class ScratchFull(BackupfsError):
+    """There is less room for old blocks than must stay free."""
+
+    errno: ClassVar[int] = errno.ENOSPC
+    domain: str
+    folder: str
+    kind: str
+    free: str
+    reserve: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.domain}: {self.folder} ({self.kind}), where QEMU would save old blocks, has {self.free} free,"
+            f" which is not more than the reserve of {self.reserve}; make room, name another with -o scratch=DIR,"
+            " or a smaller -o scratch-reserve="
+        )
+
+
+@dataclass(eq=False)
+class ScratchUnusable(BackupfsError):
+    """QEMU cannot save old blocks in the folder."""
+
+    errno: ClassVar[int] = errno.EIO
+    domain: str
+    folder: str
+    reason: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: QEMU cannot save old blocks in {self.folder}: {self.reason}; {self.cure}"
 
 
 # --- the point in time -------------------------------------------------------------------------

@@ -36,6 +36,7 @@ import trio
 from backupfs.domain import Domain
 from backupfs.domainxml import Reason, parse_backup
 from backupfs.errors import BackupfsError, NotBegun, PointLost, PointOver
+from backupfs.keeper import Keeper
 from backupfs.link import Happening, Kind
 from backupfs.options import Options
 from backupfs.point import ABORT_SECONDS, GONE_SECONDS, Point, open_point
@@ -112,6 +113,7 @@ class Job:
     domain: Domain
     record: State
     options: Options
+    keeper: Keeper
     state: JobState = JobState.IDLE
     generation: int = 1
     point: Point | None = None
@@ -128,6 +130,7 @@ class Job:
     _released: trio.Event = field(default_factory=trio.Event)
     _error: BackupfsError | None = None
     _unquiesced: str | None = None
+    _ended_by_guard: tuple[str, str] | None = None  # the latest job that it ended, and why
     _closing: bool = False
 
     # --- what the tree asks ------------------------------------------------------------------
@@ -231,6 +234,7 @@ class Job:
         self._settled = trio.Event()
         self._end_wanted = trio.Event()
         self._error = None
+        self._ended_by_guard = None
         self._nursery.start_soon(self._live)
 
     async def _wait_settled(self, patience: float = 0.0) -> None:
@@ -253,7 +257,12 @@ class Job:
         """Live through one point in time, from the first look to the job's end."""
         try:
             async with open_point(
-                self.domain, self.record, self.options, generation=self.generation, on_lost=self._lose
+                self.domain,
+                self.record,
+                self.options,
+                keeper=self.keeper,
+                generation=self.generation,
+                on_lost=self._lose,
             ) as point:
                 self.point = point
                 self.left_out = point.left_out
@@ -270,6 +279,7 @@ class Job:
                     point.quiesced,
                 )
                 self._tell_unquiesced(point)
+                self._check_guard()
                 await self._end_wanted.wait()
                 await trio.lowlevel.checkpoint()  # answers that are on their way belong to the point
         except BackupfsError as error:
@@ -295,6 +305,8 @@ class Job:
         if self.state is not JobState.STARTING:
             log.error("%s", error)
             return
+        if self._ended_by_guard is not None:  # what NBD says of it is but the consequence
+            error = PointLost(self.domain.name, self._ended_by_guard[1])
         self._error = error
         if str(error) != self.refusal:  # once a cause, not once a look
             log.warning("no point in time: %s", error)
@@ -336,6 +348,17 @@ class Job:
         self._forget_openers()
         self._end_wanted.set()
 
+    def end_by_guard(self, job_id: str, reason: str) -> None:
+        """Hear from the watchdog that it ends a job for want of scratch space."""
+        self._ended_by_guard = job_id, reason
+        self._check_guard()
+
+    def _check_guard(self) -> None:
+        if self.point is not None and self._ended_by_guard is not None:
+            job_id, reason = self._ended_by_guard
+            if job_id == self.point.job_id:
+                self._lose(reason)
+
     # --- what happens by itself --------------------------------------------------------------
 
     async def _listen(self) -> None:
@@ -350,6 +373,8 @@ class Job:
         if happening.kind is Kind.STOPPED:
             self._lose(f"the domain was {happening.detail}")
             return
+        if happening.kind not in (Kind.JOB_ENDED, Kind.RECONNECTED):
+            return  # for the guard
         # The job has ended, or may have while libvirt was away: ask what runs now.
         try:
             ours = await self._is_running(point)
@@ -490,10 +515,11 @@ def _thread_group(tid: int) -> int:
 
 
 @contextlib.asynccontextmanager
-async def open_job(domain: Domain, record: State, options: Options) -> AsyncIterator[Job]:
+async def open_job(domain: Domain, record: State, options: Options, keeper: Keeper) -> AsyncIterator[Job]:
     """Watch over the domain's backup job; on the way out, end it."""
-    job = Job(domain, record, options)
+    job = Job(domain, record, options, keeper)
     job._settled.set()
+    keeper.on_lost = job.end_by_guard
     async with trio.open_nursery() as nursery:
         job._nursery = nursery
         nursery.start_soon(job._listen)

@@ -31,16 +31,16 @@ ABORT_SECONDS: Final = 20.0  # an abort takes 20 ms; more means that QEMU is sto
 GONE_SECONDS: Final = 185.0
 
 
-async def clear_left_over(domain: Domain, state: State) -> None:
+async def clear_left_over(domain: Domain, state: State, *, within: float = ABORT_SECONDS) -> None:
     """End the job that a killed process of ours has left, and remove its files.
 
-    Called by the one who alone may write to the state folder, so the process really is gone.
+    Called by the one who has the watchdog's lock, so nobody else does it at the same time.
     Raises LibvirtTimeout where our job does not end, ForeignJob where another program's runs.
     """
     if (record := state.job) is not None:
         await thaw_left_over(domain, state, record)  # first: a frozen guest is a stopped one
         log.info("%s: ending the backup job that was left over, on %s", domain.name, record.socket)
-        await end_job(domain, state, record)
+        await end_job(domain, state, record, within=within)
         if state.job is not None:
             raise LibvirtTimeout(domain.name, "begin a backup", f"the job left over on {record.socket} does not end")
     if (xml := await domain.backup_xml()) is not None:
@@ -48,14 +48,14 @@ async def clear_left_over(domain: Domain, state: State) -> None:
         raise ForeignJob(domain.name, f"a backup job that serves on {where}")
 
 
-async def end_job(domain: Domain, state: State, record: JobRecord) -> None:
+async def end_job(domain: Domain, state: State, record: JobRecord, *, within: float = ABORT_SECONDS) -> None:
     """End our job, wait until libvirt says that it is gone, and remove what it left."""
     try:
         with trio.CancelScope(shield=True):
             with contextlib.suppress(NoSuchDomain):  # undefined, or a transient one that stopped
-                with trio.fail_after(ABORT_SECONDS):
+                with trio.fail_after(within):
                     await domain.abort_backup(record.socket)
-                with trio.fail_after(GONE_SECONDS):
+                with trio.fail_after(max(within, GONE_SECONDS)):
                     await _wait_until_gone(domain, record.socket)
             await trio.to_thread.run_sync(_remove_files, domain, record)
     except (BackupfsError, trio.TooSlowError) as error:

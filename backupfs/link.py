@@ -70,6 +70,10 @@ class Kind(enum.Enum):
     STOPPED = "stopped"
     JOB_ENDED = "job ended"
     RECONNECTED = "reconnected"
+    IO_ERROR = "I/O error"  # of the guest's, whichever disk it was: libvirt does not always know
+    PAUSED_BY_ERROR = "paused by an I/O error"
+    RESUMED = "resumed"
+    SCRATCH_GREW = "scratch file has grown"  # beyond what `Domain.set_threshold` named
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +234,10 @@ class Link:
                 # The guest has powered itself off; with a job running, libvirt and QEMU would
                 # wait in "in shutdown" for as long as the job lasts (measured, libvirt 9.0).
                 hand_over(self._tell, Happening(Kind.STOPPED, _SHUTDOWNS.get(detail, "shut down")))
+            if (event, detail) == (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_IOERROR):
+                hand_over(self._tell, Happening(Kind.PAUSED_BY_ERROR))
+            if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
+                hand_over(self._tell, Happening(Kind.RESUMED))
             if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
                 hand_over(self._tell, Happening(Kind.STOPPED, _ENDS.get(detail, "stopped")))
 
@@ -237,6 +245,12 @@ class Link:
             operation = statistics.get("operation", libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP)
             if operation == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
                 hand_over(self._tell, Happening(Kind.JOB_ENDED, statistics.get("errmsg", "")))
+
+        def on_io_error(_c: object, _d: object, _path: str, _alias: str, _action: int, reason: str, _o: object) -> None:
+            hand_over(self._tell, Happening(Kind.IO_ERROR, reason))
+
+        def on_threshold(_c: object, _d: object, node: str, *_more: object) -> None:
+            hand_over(self._tell, Happening(Kind.SCRATCH_GREW, node))
 
         def connect() -> tuple[Connection, list[int]]:
             connection = connect_to(self._requested_uri)
@@ -247,6 +261,8 @@ class Link:
                     for which, callback in (
                         (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, on_lifecycle),
                         (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, on_job),
+                        (libvirt.VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, on_io_error),
+                        (libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD, on_threshold),
                     )
                 ]
                 connection.registerCloseCallback(on_close, None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One mounted domain, from the first check to the last clean-up.
 
-    checks ─► libvirt ─► domain ─► state folder's lock ─► left-over job ─► job ─► FUSE mount ─► serve
+    checks ─► libvirt ─► domain ─► state folder's lock ─► watchdog ─► left-over job ─► job ─► FUSE mount ─► serve
 
 Three ways lead out, and each ends the job:
 
@@ -32,6 +32,7 @@ from backupfs.control import open_control
 from backupfs.domain import Domain, open_domain
 from backupfs.errors import LibvirtRefused, MountPointError
 from backupfs.job import Job, open_job
+from backupfs.keeper import open_keeper
 from backupfs.leftover import clear_left_over
 from backupfs.logs import RingLog
 from backupfs.operations import Operations
@@ -57,9 +58,11 @@ async def serve(source: str, mount_point: str, options: Options, ring: RingLog, 
     path = mountpoint.check_mount_point(mount_point)
     async with open_domain(source, options.uri, timeout=options.timeout) as domain:
         with open_state(domain.host_uuid, domain.uuid, domain=domain.name, holder=path) as state:
-            await _check_domain(domain, state, options, path)
-            async with open_job(domain, state, options) as job:
-                await _serve_job(job, source, path, options, ring, ready)
+            foreground = ring.destination == "stderr"
+            async with open_keeper(domain, state, options, mount_point=path, foreground=foreground) as keeper:
+                await _check_domain(domain, state, options, path)
+                async with open_job(domain, state, options, keeper) as job:
+                    await _serve_job(job, source, path, options, ring, ready)
         log.info("%s: no longer served; %s", domain.name, "no job is left" if state.job is None else "a job is left")
 
 

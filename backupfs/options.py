@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from backupfs.errors import UsageError
+from backupfs.scratch import Reserve, parse_reserve
 
 MOST_CONNECTIONS: Final = 16
 LEAST_RATE: Final = 2**16  # bytes a second: a block of 1 MiB takes 16 s
@@ -61,6 +62,7 @@ class Options:
     idle: float = 900.0
     idle_max: float = 12 * 3600.0
     scratch: str | None = None
+    scratch_reserve: Reserve = field(default_factory=Reserve)
     rate: int | None = None
     connections: int = 2
     timeout: float = 30.0
@@ -233,6 +235,13 @@ OPTIONS: Final = (
         _seconds,
     ),
     Word("scratch", "DIR", "where QEMU saves old blocks", "beside each disk", _folder),
+    Word(
+        "scratch-reserve",
+        "SIZE|PERCENT",
+        "end the point in time when less than that is free where QEMU saves old blocks",
+        "10% of that file system, at least 1G, half of a smaller one",
+        parse_reserve,
+    ),
     Word("rate", "SIZE", "read no more than so many bytes a second from all disks together", "no limit", _rate),
     Word("connections", "N", f"NBD connections for each disk, 1 to {MOST_CONNECTIONS}", "2", _connections),
     Word(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One point in time: a backup job, its exports, and what a restore needs besides the disks.
 
-    clear left-overs ─► survey ─► probe the agent ─► nvram ─► record
+    clear left-overs ─► survey ─► scratch room ─► probe the agent ─► nvram ─► record ─► watchdog
       ─► freeze ─► backupBegin ─► thaw ─► connect NBD ─► extent maps ─► label ─► serve
                         │
                         └─► end: close NBD                        in reverse, whatever happened on the way:
@@ -15,6 +15,7 @@ record is never touched.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -39,9 +40,11 @@ from backupfs.errors import (
 from backupfs.export import Export, open_export
 from backupfs.forms import Forms
 from backupfs.image import RawImage
+from backupfs.keeper import Keeper
 from backupfs.leftover import clear_left_over, end_job
 from backupfs.nbdclient import Address
 from backupfs.options import Options
+from backupfs.preflight import check_scratch
 from backupfs.quiesce import Quiesced, open_freezer
 from backupfs.rate import Bucket
 from backupfs.state import JobRecord, State, next_instant
@@ -108,13 +111,15 @@ async def open_point(
     state: State,
     options: Options,
     *,
+    keeper: Keeper,
     generation: int,
     on_lost: Callable[[str], None],
 ) -> AsyncIterator[Point]:
     """Begin a point in time and serve it; end its job on the way out.
 
     *on_lost* is called, in the trio thread, with the reason when the exports are found dead.
-    Raises DomainNotRunning, ForeignJob, DiskUnusable, NotQuiesced, LibvirtRefused and what NBD can raise.
+    Raises DomainNotRunning, ForeignJob, DiskUnusable, ScratchFull, ScratchUnusable, WatchdogGone, NotQuiesced,
+    LibvirtRefused and what NBD can raise.
     """
     started = trio.current_time()
     if not await domain.is_alive():
@@ -134,6 +139,17 @@ async def open_point(
         disk.target: domainxml.scratch_path(disk, job_id, options.scratch, domain.name)
         for disk in seen.selection.taking
     }
+    await trio.to_thread.run_sync(
+        functools.partial(
+            check_scratch,
+            {os.path.dirname(path) for path in scratches.values()},
+            options.scratch_reserve,
+            domain=domain.name,
+            uuid=domain.uuid,
+            uri=domain.uri,
+        ),
+        abandon_on_cancel=True,
+    )
     socket = _socket_path(domain, state, seen.domain, job_id)
     record = JobRecord(
         job_id=job_id,
@@ -148,8 +164,12 @@ async def open_point(
             nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
             restore_xml = await domain.restore_xml()
             state.record_job(record)
+            stack.callback(keeper.ended)
             stack.push_async_callback(end_job, domain, state, record)
+            await keeper.begin(record)
+            log.debug("%s: a backup job begins, on %s", domain.name, socket)
             quiesced = await freezer.begin(lambda: domain.begin_backup(backup_xml))
+        keeper.began()
         began = time.time()
         nvram, nvram_reason = await _settle_nvram(domain, seen.domain.nvram, nvram, nvram_reason)
 

@@ -15,6 +15,8 @@ from backupfs import __version__
 from backupfs.errors import BackupfsError
 from backupfs.job import Job, JobState
 from backupfs.point import Point
+from backupfs.preflight import kind_of
+from backupfs.scratch import Room, measure
 from backupfs.status import DiskStatus, Snapshot
 
 RATE_SECONDS: Final = 10  # a rate is the mean of the last ones
@@ -90,6 +92,7 @@ class Reporter:
             sparse_seeks=self.why_no_seeks is None,
             control=self.control,
             log=self.log,
+            watchdog=job.keeper.pid,
         )
 
     def _why(self, point: Point | None) -> dict[str, str]:
@@ -108,6 +111,8 @@ class Reporter:
 
     def _disk(self, point: Point, target: str) -> DiskStatus:
         export = point.exports[target]
+        folder = os.path.dirname(point.scratches[target])
+        room = _room(folder) if self.job.domain.is_local else None
         return DiskStatus(
             size=export.size,
             allocated=point.images[target].allocated,
@@ -120,7 +125,9 @@ class Reporter:
             mapped=export.extents.mapped,
             why_no_extents=export.why_no_extents,
             scratch=point.scratches[target],
-            scratch_free=_free(os.path.dirname(point.scratches[target])) if self.job.domain.is_local else None,
+            scratch_free=room.free if room else None,
+            scratch_reserve=self.job.options.scratch_reserve.of(room.total) if room else None,
+            scratch_file_system=kind_of(folder) if room else None,
         )
 
     def _rate(self, point: Point, target: str) -> float:
@@ -130,9 +137,8 @@ class Reporter:
         return (samples[-1][1] - samples[0][1]) / (samples[-1][0] - samples[0][0])
 
 
-def _free(folder: str) -> int | None:
+def _room(folder: str) -> Room | None:
     try:
-        there = os.statvfs(folder)
+        return measure(folder)
     except OSError:
         return None
-    return there.f_bavail * there.f_frsize

@@ -3,6 +3,7 @@
 
     /var/lib/backupfs/HOST-UUID/DOMAIN-UUID/
         lock         flock: one mount for each domain; names its holder
+        watchdog     flock: the mount, and its watchdog for as long as it lives, longer than a killed mount
         instant      the label of the latest point in time
         job          the backup job that runs, or was left over by a killed process
 
@@ -112,6 +113,11 @@ class State:
         if found is not None:
             instant = _parse_instant(found)
             self.last_instant = self._guess_instant() if instant is None else instant
+        self.reload_job()
+
+    def reload_job(self) -> None:
+        """Read the job's record again: the watchdog may have ended it, or the mount begun another."""
+        self.job = None
         found = self._read("job")
         if found is not None:
             self.job = _parse_job(found)
@@ -228,6 +234,52 @@ def open_state(host_uuid: str, domain_uuid: str, *, domain: str, holder: str) ->
         yield state
     finally:
         os.close(lock)
+
+
+@dataclass(eq=False)
+class WatchLock:
+    """The lock of whoever may clean up after a mount. Got with `open_watch_lock`.
+
+    It belongs to the open file, not to a process: the mount takes it and its watchdog inherits
+    the file, so there is no moment at which neither has it.
+    """
+
+    folder: Path
+    file: int
+
+    def take(self) -> bool:
+        """Take it, and leave word of who has; False if another has it."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise StateFolderError(str(self.folder), f"cannot lock it: {error.strerror}") from error
+        self.sign()
+        return True
+
+    def sign(self) -> None:
+        """Leave word that this process has it."""
+        os.ftruncate(self.file, 0)
+        os.pwrite(self.file, b"process %d" % os.getpid(), 0)
+
+    @property
+    def holder(self) -> str:
+        """The word that was left."""
+        return os.pread(self.file, 4096, 0).decode(errors="replace") or "another process"
+
+
+@contextlib.contextmanager
+def open_watch_lock(folder: Path) -> Iterator[WatchLock]:
+    """Open the lock file; what is taken is held until every process that has the file has closed it."""
+    try:
+        file = os.open(folder / "watchdog", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateFolderError(str(folder), f"cannot open watchdog: {error.strerror}") from error
+    try:
+        yield WatchLock(folder, file)
+    finally:
+        os.close(file)
 
 
 def _take(lock: int, folder: Path, domain: str, holder: str) -> None:

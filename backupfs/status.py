@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -44,6 +45,8 @@ class DiskStatus:
     why_no_extents: str | None
     scratch: str
     scratch_free: int | None
+    scratch_reserve: int | None = None
+    scratch_file_system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Snapshot:
     sparse_seeks: bool  # SEEK_HOLE is told the truth, not "all data"
     control: str
     log: str
+    watchdog: int | None = None  # its process
 
 
 def render_json(snapshot: Snapshot) -> bytes:
@@ -143,6 +147,8 @@ def render_metrics(snapshot: Snapshot) -> bytes:
         *_metric("frozen_seconds", "gauge", "For how long it was frozen.", one(frozen)),
         *_metric("scratch_used_bytes", "gauge", "Old blocks saved by QEMU.", one(snapshot.scratch_used)),
         *_metric("scratch_free_bytes", "gauge", "Room left where they are saved.", each("scratch_free")),
+        *_metric("scratch_reserve_bytes", "gauge", "Room below which the point is lost.", each("scratch_reserve")),
+        *_metric("watchdog", "gauge", "1 if a watchdog is there.", one(int(snapshot.watchdog is not None))),
         *_metric("rate_limit_bytes", "gauge", "Bytes a second that may be read.", one(snapshot.rate_limit)),
         *_metric("disk_size_bytes", "gauge", "The disk's size.", each("size")),
         *_metric("disk_allocated_bytes", "gauge", "What of it is not zero.", each("allocated")),
@@ -210,7 +216,22 @@ def _head(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "rate limit", f"{size_text(status['rate_limit'])}/s"
     if status["scratch_used"] is not None:
         yield "scratch used", size_text(status["scratch_used"])
+    for line in dict.fromkeys(_scratch_line(disk) for disk in status["disks"].values()):
+        if line is not None:
+            yield "scratch", line
+    if "watchdog" in status:
+        yield "watchdog", "none" if status["watchdog"] is None else f"process {status['watchdog']}"
     yield "log", status["log"]
+
+
+def _scratch_line(disk: Mapping[str, Any]) -> str | None:
+    """Write where a disk's old blocks are saved; disks that share a folder have one line."""
+    if disk.get("scratch_file_system") is None:
+        return None
+    return (
+        f"{os.path.dirname(disk['scratch'])} ({disk['scratch_file_system']}): {size_text(disk['scratch_free'])} free,"
+        f" the point ends at {size_text(disk['scratch_reserve'])}"
+    )
 
 
 def render_table(status: Mapping[str, Any], console: Console) -> None:

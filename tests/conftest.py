@@ -25,6 +25,20 @@ class _Collector(logging.Handler):
         self.lines.append(self.format(record))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--guard-runs", type=int, default=3, help="how often the scratch guard is tried on each small file system"
+    )
+
+
+@pytest.fixture
+def guard_runs(request: pytest.FixtureRequest) -> int:
+    """How often to let the scratch space fill up."""
+    number = request.config.getoption("--guard-runs")
+    assert isinstance(number, int)
+    return number
+
+
 @pytest.fixture(autouse=True)
 def logged_warnings(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """What backupfs has logged as WARNING or worse, in this process."""

@@ -132,9 +132,9 @@ def keep(guest: Guest, point: Path) -> None:
 
 def check_nothing_left(lab: Libvirt, guest: Guest, folder: Path) -> None:
     deadline = time.monotonic() + 20
-    while subprocess.run(["pgrep", "-f", f"backupfs .*{folder}"], capture_output=True, check=False).returncode == 0:
+    while subprocess.run(["pgrep", "-f", f"backupfs[ .].*{folder}"], capture_output=True, check=False).returncode == 0:
         if time.monotonic() > deadline:
-            raise SystemExit("contrib/demo: the process of the mount is still there")
+            raise SystemExit("contrib/demo: a process of the mount is still there")
         time.sleep(0.05)
     job = subprocess.run(
         ["virsh", "-c", lab.uri, "backup-dumpxml", guest.name], capture_output=True, text=True, check=False

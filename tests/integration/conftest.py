@@ -98,7 +98,14 @@ class Mounted:
         """Unmount as an administrator does, and see that nothing is left."""
         subprocess.run(["umount", self.path], check=True)
         assert self.process.wait(within) == 0, self.log
+        assert watchdogs(self.path) == []
         assert_nothing_left(self.guest)
+
+
+def watchdogs(path: Path) -> list[int]:
+    """The watchdogs of the mount at *path*."""
+    done = subprocess.run(["pgrep", "-f", f"backupfs.watchdog .* {path}$"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in done.stdout.split()]
 
 
 def wait_until(true: Callable[[], object], timeout: float = 30.0, why: Callable[[], str] = lambda: "") -> None:

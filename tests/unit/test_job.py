@@ -47,7 +47,14 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def open_point(
-        self, domain: Any, record: Any, options: Options, *, generation: int, on_lost: Callable[[str], None]
+        self,
+        domain: Any,
+        record: Any,
+        options: Options,
+        *,
+        keeper: Any,
+        generation: int,
+        on_lost: Callable[[str], None],
     ) -> AsyncIterator[Point]:
         await trio.sleep(self.slow)
         if self.error is not None:
@@ -77,7 +84,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 def opened(backend: Backend, **options: Any) -> contextlib.AbstractAsyncContextManager[Job]:
-    return open_job(backend, backend, Options(**options))  # type: ignore[arg-type]
+    return open_job(backend, backend, Options(**options), backend)  # type: ignore[arg-type]
 
 
 async def test_all_who_look_share_one_point(backend: Backend, autojump_clock: Any) -> None:
@@ -301,3 +308,48 @@ async def test_why_the_guest_was_not_frozen_is_told_once_a_cause(
             await job.release()
     told = [line.rpartition(": ")[2] for line in logged_warnings]
     assert told == ["hung", "hung", "gone"], "again only after it was well in between"
+
+
+@pytest.mark.expects_warning
+async def test_guard_that_ends_the_job_loses_the_point_with_its_reason(backend: Backend, autojump_clock: Any) -> None:
+    async with opened(backend) as job:
+        point = await job.look()
+        job.end_by_guard("another job", "no room")
+        assert job.state is JobState.RUNNING
+        job.end_by_guard(point.job_id, "no room")
+        assert job.state is JobState.LOST
+        assert job.lost == "no room"
+        with pytest.raises(PointLost, match="no room"):
+            await job.look()
+
+
+@pytest.mark.expects_warning
+@pytest.mark.parametrize("fails", [True, False])
+async def test_guard_that_ends_the_job_while_the_point_begins_is_why_it_is_lost(
+    backend: Backend, autojump_clock: Any, fails: bool
+) -> None:
+    backend.slow = 2
+    async with opened(backend) as job, trio.open_nursery() as nursery:
+
+        async def look() -> None:
+            with pytest.raises(PointLost, match="no room"):
+                await job.look()
+
+        nursery.start_soon(look)
+        await trio.sleep(1)
+        if fails:  # as when NBD finds nobody
+            backend.error = DomainNotRunning("web01", "gone")
+        job.end_by_guard("j", "no room")
+    if not fails:
+        assert job.lost == "no room"
+
+
+async def test_what_the_guard_wants_to_know_changes_nothing_here(backend: Backend) -> None:
+    async with opened(backend) as job:
+        await job.look()
+        backend.running = 0  # were it looked at, the point would be lost
+        backend.send.send_nowait(Happening(Kind.IO_ERROR, "enospc"))
+        backend.send.send_nowait(Happening(Kind.SCRATCH_GREW, "vda[2]"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert job.state is JobState.RUNNING
+        backend.running = 1

@@ -8,6 +8,7 @@ import pytest
 
 from backupfs.errors import UsageError
 from backupfs.options import IGNORED, KERNEL, OPTIONS, Options, Quiesce, parse_options, render_option_help
+from backupfs.scratch import Reserve
 
 
 def test_no_options_are_the_defaults() -> None:
@@ -178,3 +179,11 @@ def test_rate_is_a_size(text: str, bytes_: int) -> None:
 def test_rate_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"option rate=.*(is not a size|is less than 64K a second)"):
         parse_options(f"rate={text}")
+
+
+def test_scratch_reserve() -> None:
+    assert parse_options("").scratch_reserve == Reserve()
+    assert parse_options("scratch-reserve=5G").scratch_reserve == Reserve(size=5 * 2**30)
+    assert parse_options("scratch-reserve=2%").scratch_reserve == Reserve(percent=2)
+    with pytest.raises(UsageError, match="write 512M, 5G or 10%"):
+        parse_options("scratch-reserve=lots")

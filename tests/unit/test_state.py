@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from backupfs.errors import DomainInUse, StateFolderError
-from backupfs.state import JobRecord, next_instant, open_state, state_folder
+from backupfs.state import JobRecord, State, WatchLock, next_instant, open_state, open_watch_lock, state_folder
 
 RECORD = JobRecord("j1", "/s/backupfs-j1.sock", ("/i/a.backupfs-j1",), 3, 1.5)
 
@@ -311,3 +311,36 @@ def test_a_record_of_a_version_that_never_froze_still_counts(folder: Path) -> No
     with open_state("host", "uuid", domain="d", holder="/mnt") as state:
         assert state.job == RECORD
         assert not RECORD.frozen
+
+
+def test_watch_lock_is_held_until_all_who_have_the_file_are_gone(tmp_path: Path) -> None:
+    with open_watch_lock(tmp_path) as mine:
+        assert mine.take()
+        assert mine.take(), "again is no harm"
+        assert mine.holder == f"process {os.getpid()}"
+        # The watchdog's copy of the open file, by inheritance.
+        inherited = WatchLock(tmp_path, os.dup(mine.file))
+    with open_watch_lock(tmp_path) as next_one:
+        assert not next_one.take()
+        assert next_one.holder == f"process {os.getpid()}"
+        os.close(inherited.file)
+        assert next_one.take()
+
+
+def test_watch_lock_that_cannot_be_had_says_why(tmp_path: Path) -> None:
+    with pytest.raises(StateFolderError, match="cannot open watchdog"):
+        with open_watch_lock(tmp_path / "gone"):
+            pass
+    with pytest.raises(StateFolderError, match="cannot lock it"):
+        WatchLock(tmp_path, os.open("/", os.O_PATH)).take()
+
+
+def test_job_is_read_again(tmp_path: Path) -> None:
+    record = JobRecord("j", "/s-j", ("/x-j",), 1, 5.0)
+    one, other = State(tmp_path), State(tmp_path)
+    one.record_job(record)
+    other.reload_job()
+    assert other.job == record
+    other.forget_job()
+    one.reload_job()
+    assert one.job is None

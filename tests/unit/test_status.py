@@ -24,14 +24,14 @@ from backupfs.status import (
     size_text,
 )
 
-DISK = DiskStatus(2**30, 2**20, 4096, 512.0, 3, 2, 1, 9, 2**30, None, "/i/s", 2**33)
+DISK = DiskStatus(2**30, 2**20, 4096, 512.0, 3, 2, 1, 9, 2**30, None, "/i/s", 2**33, 2**30, "ext4")
 SNAPSHOT = Snapshot(
     version="1", pid=7, mount_point="/mnt", domain='we"b\n1', uuid="u", uri="qemu:///system", source="live",
     state="running", instant=1700000000, age=75.0, point="j", socket="/s", why={"sda": "a cdrom; nothing"},
     open_files=2, holders=(5,), unused_for=3.0, idle=900.0, idle_max=43200.0, last_instant=1700000000,
     quiesced=True, frozen_ms=87.4, frozen_filesystems=2,
     scratch_used=2**21, disks={"vda": DISK}, rate_limit=2**20, read_ahead=131072, sparse_seeks=True, control="/c",
-    log="syslog",
+    log="syslog", watchdog=8,
 )  # fmt: skip
 
 
@@ -137,6 +137,8 @@ def test_table_shows_the_figures_to_a_person() -> None:
     for word in ("running", "1 min 15 s old", "vda", "1.0 GiB", "1.0 MiB", "512 B/s", "8.0 GiB", "2.0 MiB", "a cdrom"):
         assert word in text
     assert "when unused for 15 min 0 s" in text
+    assert "/i (ext4): 8.0 GiB free, the point ends at 1.0 GiB" in text
+    assert "process 8" in text
     assert "by process 7, backupfs 1" in text
     assert "\x1b" not in text, "no colour where there is no terminal"
 
@@ -199,6 +201,22 @@ def test_table_of_an_idle_mount_has_no_disks() -> None:
     assert "quiesced" not in text
     assert "scratch" not in text
     assert "vda" not in text
+
+
+def test_table_tells_that_there_is_no_watchdog_and_leaves_out_what_is_not_known() -> None:
+    text = shown(replace(SNAPSHOT, watchdog=None, disks={"vda": replace(DISK, scratch_file_system=None)}))
+    assert re.search(r"watchdog: +none", text)
+    assert "the point ends at" not in text
+    old = json.loads(render_json(SNAPSHOT))
+    del old["watchdog"]
+    out = io.StringIO()
+    render_table(old, Console(file=out, width=100))
+    assert "watchdog" not in out.getvalue()
+
+
+def test_disks_that_share_a_scratch_folder_have_one_line() -> None:
+    two = {"vda": DISK, "vdb": replace(DISK, scratch="/i/t"), "vdc": replace(DISK, scratch="/j/t")}
+    assert shown(replace(SNAPSHOT, disks=two)).count("the point ends at") == 2
 
 
 def test_units() -> None:
