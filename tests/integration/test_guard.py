@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -60,10 +61,14 @@ def busy_guest(lab: Libvirt, scratches: Path) -> Iterator[Guest]:
         guest.run("mount -t ext4 /dev/vda /mnt && dd if=/dev/urandom of=/mnt/big bs=1M count=160 conv=fsync")
         yield guest
         guest.run("umount /mnt && sync")
-        guest.pause()
+        guest.libvirt.virsh("suspend", guest.name)  # a test has restarted libvirtd under the guest's own connection
         disk = guest.copy_disk("vda", scratches / "disk.raw")
         checked = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, text=True, check=False)
         assert checked.returncode == 0, checked.stdout
+
+
+def stop_writing(guest: Guest) -> None:
+    guest.run("kill $(cat /tmp/writer); killall dd; sync")
 
 
 @contextlib.contextmanager
@@ -73,7 +78,18 @@ def writing(guest: Guest) -> Iterator[None]:
     try:
         yield
     finally:
-        guest.run("kill $(cat /tmp/writer); killall dd; sync")
+        stop_writing(guest)
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[None]:
+    """Others fill a file system up."""
+    filler = folder / "filler"
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=1M", "status=none"], check=False, capture_output=True)
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
 @dataclass(eq=False)
@@ -109,8 +125,8 @@ def pauses(busy_guest: Guest, tmp_path: Path) -> Iterator[Pauses]:
     try:
         # It says nothing when it listens: a pause of our own shows that it does.
         def heard() -> bool:
-            busy_guest.pause()
-            busy_guest.resume()
+            busy_guest.libvirt.virsh("suspend", busy_guest.name)
+            busy_guest.libvirt.virsh("resume", busy_guest.name)
             return "Resumed" in log.read_text()
 
         wait_until(heard, 20)
@@ -185,6 +201,62 @@ def test_stopped_mount_is_guarded_all_the_same(
     assert "from outside" not in mounted.log
 
 
+def write_until_paused(guest: Guest) -> None:
+    """Let the scratch space fill up while nobody looks, until QEMU has paused the guest."""
+    guest.run(f"(sleep 1; {FULL_SPEED}) & echo $! > /tmp/writer")  # later, for a paused guest gives no answer
+    guest.wait_state("paused", 30)
+
+
+@pytest.mark.parametrize("reserve", ["50%", "0"])
+def test_guest_that_was_paused_all_the_same_is_resumed_at_once(
+    busy_guest: Guest, scratches: Path, mount: Mounter, reserve: str
+) -> None:
+    mounted = mount(busy_guest, f"scratch={scratches / 'tmpfs-8'},scratch-reserve={reserve}")
+    os.stat(mounted.image)
+    (watchdog,) = watchdogs(mounted.path)
+    with stopped(watchdog):
+        write_until_paused(busy_guest)
+    begun = time.monotonic()
+    busy_guest.wait_state("running", 5)
+    print(f"running {1000 * (time.monotonic() - begun):.0f} ms after the watchdog could look")
+    assert time.monotonic() - begun < 1
+    stop_writing(busy_guest)
+    mounted.wait_log("the guest was paused for want of scratch space, and was resumed")
+    mounted.wait_log("is lost")
+    mounted.unmount()
+
+
+def test_guest_that_is_paused_when_the_mount_is_killed_is_resumed(
+    busy_guest: Guest, scratches: Path, mount: Mounter
+) -> None:
+    mounted = mount(busy_guest, f"scratch={scratches / 'tmpfs-8'},scratch-reserve=0")
+    os.stat(mounted.image)
+    (watchdog,) = watchdogs(mounted.path)
+    with stopped(watchdog):
+        write_until_paused(busy_guest)
+        mounted.process.kill()
+        mounted.process.wait()
+    busy_guest.wait_state("running", 5)
+    stop_writing(busy_guest)
+    wait_until(lambda: not watchdogs(mounted.path), 10)
+    assert_nothing_left(busy_guest)
+
+
+def test_a_new_watchdog_resumes_the_guest_that_it_finds_paused(
+    busy_guest: Guest, scratches: Path, mount: Mounter
+) -> None:
+    mounted = mount(busy_guest, f"scratch={scratches / 'tmpfs-8'}")
+    os.stat(mounted.image)
+    (watchdog,) = watchdogs(mounted.path)
+    with stopped(watchdog):
+        write_until_paused(busy_guest)
+        os.kill(watchdog, signal.SIGKILL)
+    busy_guest.wait_state("running", 10)
+    stop_writing(busy_guest)
+    mounted.wait_log("was resumed")
+    mounted.unmount()
+
+
 def test_killed_mount_and_scratch_that_fills_leave_a_running_guest(
     busy_guest: Guest, scratches: Path, mount: Mounter, pauses: Pauses
 ) -> None:
@@ -202,19 +274,17 @@ def test_killed_mount_and_scratch_that_fills_leave_a_running_guest(
 def test_guest_that_a_person_suspended_stays_suspended(busy_guest: Guest, scratches: Path, mount: Mounter) -> None:
     mounted = mount(busy_guest, f"scratch={scratches / 'ext4-32'}")
     descriptor = os.open(mounted.image, os.O_RDONLY)
-    busy_guest.pause()
+    busy_guest.libvirt.virsh("suspend", busy_guest.name)
     # Others fill the file system: the guard ends the job, and has no business with the guest.
-    filler = scratches / "ext4-32/filler"
-    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=1M", "status=none"], check=False, capture_output=True)
     try:
-        mounted.wait_log("is lost")
-        wait_until(lambda: is_nothing_left(busy_guest), 10)
-        until = time.monotonic() + 3  # longer than the guard looks after the guest
-        while time.monotonic() < until:
-            assert busy_guest.state == "paused"
+        with filled(scratches / "ext4-32"):
+            mounted.wait_log("is lost")
+            wait_until(lambda: is_nothing_left(busy_guest), 10)
+            until = time.monotonic() + 3  # longer than the guard looks after the guest
+            while time.monotonic() < until:
+                assert busy_guest.state == "paused"
     finally:
-        filler.unlink()
-        busy_guest.resume()
+        busy_guest.libvirt.virsh("resume", busy_guest.name)
     assert_eio(descriptor)
     assert "resumed" not in mounted.log
     mounted.unmount()
@@ -239,6 +309,16 @@ def test_guest_whose_own_disk_is_full_stays_paused_and_keeps_its_backup(
         assert len(os.pread(descriptor, MIB, 0)) == MIB
         os.close(descriptor)
         mounted.unmount()
+        # Nor when the scratch space runs short later: that is not why it waits.
+        again = mount(guest, f"scratch={scratches / 'ext4-16'}")
+        os.stat(again.image)
+        with filled(scratches / "ext4-16"):
+            again.wait_log("is lost")
+            wait_until(lambda: is_nothing_left(guest), 10)
+            until = time.monotonic() + 3
+            while time.monotonic() < until:
+                assert guest.state == "paused"
+        again.unmount()
         assert guest.state == "paused"
     image.unlink()
 
@@ -249,7 +329,7 @@ def test_libvirtd_away_while_the_scratch_fills(busy_guest: Guest, scratches: Pat
     descriptor = os.open(mounted.image, os.O_RDONLY)
     busy_guest.libvirt.kill()
     try:
-        busy_guest.run(f"({FULL_SPEED}) & echo $! > /tmp/writer")
+        busy_guest.run(f"(sleep 1; {FULL_SPEED}) & echo $! > /tmp/writer")
         if moment == "held":  # until QEMU has paused the guest
             folder = scratches / "tmpfs-64"
             wait_until(lambda: os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < MIB, 30)
@@ -258,7 +338,7 @@ def test_libvirtd_away_while_the_scratch_fills(busy_guest: Guest, scratches: Pat
     mounted.wait_log("is lost")
     wait_until(lambda: is_nothing_left(busy_guest), 20)
     wait_until(lambda: busy_guest.state == "running", 5)
-    busy_guest.run("kill $(cat /tmp/writer); killall dd; sync")
+    stop_writing(busy_guest)
     assert_eio(descriptor)
     mounted.unmount()
 
