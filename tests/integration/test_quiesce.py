@@ -17,7 +17,7 @@ import pytest
 from lab import Disk, Guest, Libvirt, open_guest
 from lab.guest import CommandFailed
 
-from .conftest import MIB, Mounted, Mounter, wait_until
+from .conftest import MIB, Mounted, Mounter, wait_until, watchdogs
 from .test_failures import assert_errno
 
 
@@ -189,10 +189,13 @@ def test_somebody_elses_freeze_is_not_thawed(agent_guest: Guest, mount: Mounter)
 
 
 def test_a_begin_that_fails_is_followed_by_the_thaw(agent_guest: Guest, mount: Mounter, tmp_path: Path) -> None:
-    scratch = tmp_path / "closed"  # QEMU is another user
-    scratch.mkdir(mode=0o700)
-    mounted = mount(agent_guest, f"scratch={scratch}")
-    assert_errno(errno.EIO, lambda: os.listdir(mounted.raw))
+    # Room enough, but no file can be made there: only libvirt's own attempt shows it.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=0777,nr_inodes=1", "none", tmp_path], check=True)
+    try:
+        mounted = mount(agent_guest, f"scratch={tmp_path}")
+        assert_errno(errno.EIO, lambda: os.listdir(mounted.raw))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
     assert "cannot begin the backup job" in mounted.log
     assert not is_frozen(agent_guest)
     assert_writes(agent_guest)
@@ -257,7 +260,7 @@ def record(mount: Mounter) -> dict[str, object]:
     return found
 
 
-def test_a_guest_frozen_by_a_killed_backupfs_is_thawed_by_the_next_mount(
+def test_a_guest_frozen_by_a_killed_backupfs_is_thawed_by_its_watchdog(
     agent_guest: Guest, mount: Mounter, slow_scratch: Path
 ) -> None:
     first = mount(agent_guest, f"scratch={slow_scratch}")
@@ -266,16 +269,36 @@ def test_a_guest_frozen_by_a_killed_backupfs_is_thawed_by_the_next_mount(
         first.process.kill()
         first.process.wait()
         looker.communicate(timeout=10)
-        assert is_frozen(agent_guest)
+        wait_until(lambda: not is_frozen(agent_guest), 10, lambda: first.log)  # before the begin has ended
+        assert_writes(agent_guest)
+    assert "thawing the file systems that were left frozen" in first.log
+    wait_until(lambda: not watchdogs(first.path), 20, lambda: first.log)
+    assert not job_runs(agent_guest)
+    subprocess.run(["umount", first.path], check=True)
+    second = mount(agent_guest)
+    begin(second)
+    assert second.status()["quiesced"] is True
+    assert record(mount)["frozen"] is False
+    second.unmount()
+
+
+def test_a_guest_left_frozen_is_thawed_by_the_next_mount(
+    agent_guest: Guest, mount: Mounter, slow_scratch: Path
+) -> None:
+    first = mount(agent_guest, f"scratch={slow_scratch}")
+    with stuck_begin(agent_guest, first, slow_scratch) as looker:
+        first.process.send_signal(signal.SIGSTOP)  # it shall start no other
+        for pid in watchdogs(first.path):
+            os.kill(pid, signal.SIGKILL)
+        first.process.kill()
+        first.process.wait()
+        looker.communicate(timeout=10)
     assert is_frozen(agent_guest), "nobody is left to thaw it"
     subprocess.run(["umount", first.path], check=True)
     second = mount(agent_guest)
     assert "thawing the file systems that were left frozen" in second.log
     assert not is_frozen(agent_guest)
     assert_writes(agent_guest)
-    begin(second)
-    assert second.status()["quiesced"] is True
-    assert record(mount)["frozen"] is False
     second.unmount()
 
 
