@@ -100,10 +100,13 @@ class Gauge:
 
     def look(self, now: float, room: Room) -> Look:
         """Judge *room* as it is *now*, on any clock that does not go back."""
-        if self._last is not None and now > self._last[0]:
-            rate = max((self._last[1] - room.free) / (now - self._last[0]), 0.0)
+        if self._last is None:
+            self._last = now, room.free
+        # Two looks right after each other would make a gale of a single write.
+        elif (passed := now - self._last[0]) >= SHORTEST / 2:
+            rate = max((self._last[1] - room.free) / passed, 0.0)
             self._rate = max(rate, self._rate / 2)  # it falls slowly: a guest writes in gusts
-        self._last = now, room.free
+            self._last = now, room.free
         reserve = self.reserve.of(room.total)
         if room.free < reserve:
             return Look(

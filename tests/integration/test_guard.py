@@ -119,7 +119,7 @@ class Pauses:
 @pytest.fixture
 def pauses(busy_guest: Guest, tmp_path: Path) -> Iterator[Pauses]:
     log = tmp_path / "events"
-    with open(log, "wb") as file:
+    with open(log, "ab") as file:  # appended to, for it is emptied meanwhile
         words = ["stdbuf", "-oL", "virsh", "-c", busy_guest.libvirt.uri, "event", busy_guest.name]
         process = subprocess.Popen([*words, "--event", "lifecycle", "--loop", "--timestamp"], stdout=file)
     try:

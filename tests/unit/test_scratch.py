@@ -105,9 +105,16 @@ def test_rate_falls_slowly_and_never_below_zero() -> None:
     gauge.look(0, room(30 * GIB))
     assert gauge.look(1, room(26 * GIB)).wait == LONGEST  # 4 GiB/s
     assert gauge.look(2, room(4 * GIB)).wait == pytest.approx(4 / 44)
-    assert gauge.look(2, room(4 * GIB)).wait == pytest.approx(4 / 44), "no time has passed"
+    assert gauge.look(2.001, room(3 * GIB)).why is None, "in no time: no rate to go by"
     # Room was made: the last gust still counts, by half.
     assert gauge.look(3, room(11 * GIB)).wait == pytest.approx(11 / 22)
+
+
+def test_one_write_between_two_looks_in_a_row_is_no_gale() -> None:
+    gauge = Gauge("/scratch", Reserve(size=0))
+    gauge.look(0, room(500 * MIB))
+    assert gauge.look(0.0002, room(499 * MIB)).why is None
+    assert gauge.look(0.0101, room(498 * MIB)).wait == pytest.approx(498 / 1024)
 
 
 @given(
