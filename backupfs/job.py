@@ -119,6 +119,7 @@ class Job:
     point: Point | None = None
     refusal: str | None = None
     lost: str | None = None
+    last_loss: str | None = None  # until the next point begins
     left_out: Mapping[str, Reason] = field(default_factory=dict)
     last_activity: float = field(default_factory=trio.current_time)
     _nursery: trio.Nursery | None = None
@@ -266,7 +267,7 @@ class Job:
             ) as point:
                 self.point = point
                 self.left_out = point.left_out
-                self.refusal = None
+                self.refusal = self.last_loss = None
                 self.touch()
                 self._fire(Event.BEGAN)
                 self._settled.set()
@@ -340,7 +341,7 @@ class Job:
             QUIET_SECONDS,
         )
         point.over = True
-        point.lost = self.lost = reason
+        point.lost = self.lost = self.last_loss = reason
         self.touch()
         self._settled = trio.Event()
         self._error = None

@@ -105,6 +105,8 @@ class Reporter:
             why["point"] = f"lost: {job.lost}"
         elif job.refusal is not None and point is None:
             why["point"] = f"could not begin: {job.refusal}"
+        elif job.last_loss is not None and point is None:
+            why["point"] = f"lost: {job.last_loss}"
         if self.why_no_seeks is not None:
             why["sparse seeks"] = f"no: {self.why_no_seeks}"
         return why

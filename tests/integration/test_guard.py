@@ -160,8 +160,8 @@ def test_guest_that_writes_as_fast_as_it_can_never_stops_for_a_second(
             assert_eio(descriptor)
             wait_until(lambda: is_nothing_left(busy_guest), 10)
             wait_until(lambda: busy_guest.state == "running", 1)
-        assert "where QEMU saves old blocks" in mounted.status()["why"]["point"]
         mounted.release()
+        assert "where QEMU saves old blocks" in mounted.status()["why"]["point"]
     lasted = pauses.take()
     print(f"{where}: {guard_runs} runs, {len(lasted)} pauses" + "".join(f", {1000 * each:.0f} ms" for each in lasted))
     assert all(each < 1 for each in lasted)

@@ -321,6 +321,10 @@ async def test_guard_that_ends_the_job_loses_the_point_with_its_reason(backend: 
         assert job.lost == "no room"
         with pytest.raises(PointLost, match="no room"):
             await job.look()
+        await job.release()
+        assert (job.lost, job.last_loss) == (None, "no room"), "told until the next point begins"
+        await job.look()
+        assert job.last_loss is None
 
 
 @pytest.mark.expects_warning
