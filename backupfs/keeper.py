@@ -174,6 +174,8 @@ class Keeper:
         try:
             while (message := await peer.hear()) is not None:
                 self._hear(message)
+            if self._closing:
+                return "was left to end the job"
             # One that has closed its end and lives on is of no use.
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -193,9 +195,16 @@ class Keeper:
                 log.log(level, "%s", text)
 
     async def _part(self, ended: trio.Event) -> None:
-        """Part in good order: it has nothing to do any more."""
+        """Part from it: in good order if no job is left, so that it has nothing to do any more."""
         self._closing = True
         if self._peer is None or self.process is None:
+            return
+        if self.state.job is not None:
+            # QEMU is stopped, say. Nobody else would end the job when it goes on, nor guard it.
+            log.warning(
+                "%s: the watchdog (process %d) stays until the job has ended", self.domain.name, self.process.pid
+            )
+            self._peer.close()
             return
         self._peer.tell("bye")
         with trio.move_on_after(BYE_SECONDS):

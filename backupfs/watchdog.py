@@ -161,7 +161,7 @@ class Watchdog:
         """End the job that the mount has left."""
         record = self.state.job
         assert record is not None  # or else there was nothing to do
-        log.warning("%s: the file system has died; ending its backup job", domain.name)
+        log.warning("%s: the file system has gone without ending its backup job; ending it", domain.name)
         await thaw_left_over(domain, self.state, record)  # before all else: a frozen guest is a stopped one
         if self.job is not None and self.job.job_id == record.job_id and not self.began:
             await self._await_begin(domain, record)
@@ -182,7 +182,7 @@ class Watchdog:
             await trio.sleep(RETRY_SECONDS)
         if guard is not None:
             await guard.rescue()
-        log.info("%s: the backup job of the dead file system is gone; nothing is left but its mount", domain.name)
+        log.info("%s: the backup job that the file system left is gone", domain.name)
 
     async def _await_begin(self, domain: Domain, record: JobRecord) -> None:
         """Wait for a job that the mount may have asked for right before it died.

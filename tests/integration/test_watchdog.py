@@ -91,7 +91,7 @@ def test_killed_while_a_point_is_held_the_job_is_gone_within_five_seconds(quiet_
     with contextlib.suppress(OSError):  # ENOTCONN: nobody is left to be told
         os.close(reader)
     wait_until(lambda: not watchdogs(mounted.path), 5)
-    assert "the file system has died" in mounted.log
+    assert "has gone without ending its backup job" in mounted.log
     subprocess.run(["fusermount3", "-u", mounted.path], check=True)
     again = mount(quiet_guest, path=mounted.path)
     assert "left over" not in again.log, "the watchdog had ended it"
@@ -105,7 +105,7 @@ def test_killed_while_idle_the_watchdog_ends_too(quiet_guest: Guest, mount: Moun
     kill(mounted)
     wait_until(lambda: not watchdogs(mounted.path), 5)
     assert_dead(mounted.path)
-    assert "has died" not in mounted.log, "there was nothing to do"
+    assert "has gone" not in mounted.log, "there was nothing to do"
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.15])
@@ -153,10 +153,24 @@ def test_killed_while_qemu_is_stopped_the_job_ends_when_it_goes_on(quiet_guest: 
     os.listdir(mounted.raw)
     with stopped(quiet_guest.pid):
         kill(mounted)
-        mounted.wait_log("the file system has died")
+        mounted.wait_log("has gone without ending its backup job")
     wait_until(lambda: not watchdogs(mounted.path), 20)
     assert_nothing_left(quiet_guest)
     assert quiet_guest.state == "running"
+
+
+def test_unmounted_while_qemu_is_stopped_the_watchdog_stays_until_the_job_has_ended(
+    quiet_guest: Guest, mount: Mounter
+) -> None:
+    mounted = mount(quiet_guest, "timeout=2")
+    os.listdir(mounted.raw)
+    with stopped(quiet_guest.pid):
+        subprocess.run(["umount", mounted.path], check=True)
+        assert mounted.process.wait(60) == 0
+        assert len(watchdogs(mounted.path)) == 1
+        mounted.wait_log("stays until the job has ended")
+    wait_until(lambda: not watchdogs(mounted.path), 20)
+    assert_nothing_left(quiet_guest)
 
 
 def test_libvirtd_killed_and_started_again_then_the_mount_killed(quiet_guest: Guest, mount: Mounter) -> None:
@@ -176,7 +190,7 @@ def test_mount_killed_while_libvirtd_is_away(quiet_guest: Guest, mount: Mounter)
     quiet_guest.libvirt.kill()
     try:
         kill(mounted)
-        mounted.wait_log("the file system has died")
+        mounted.wait_log("has gone without ending its backup job")
     finally:
         quiet_guest.libvirt.start()
     wait_until(lambda: is_nothing_left(quiet_guest), 15)
