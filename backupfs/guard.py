@@ -56,6 +56,7 @@ class Guard:
     _saved: int = 0
     _nudged: trio.Event = field(default_factory=trio.Event)
     _unsure: trio.Event = field(default_factory=trio.Event)
+    _begun: trio.Event = field(default_factory=trio.Event)
     _io_error: bool = False
     _paused_since: float | None = None  # by an I/O error
     _paused_by_other: bool = False  # by one that was not for want of scratch space
@@ -80,6 +81,10 @@ class Guard:
                 self._paused_since, self._paused_by_other = None, False
             case Kind.RECONNECTED:  # it may have happened meanwhile
                 self._unsure.set()
+
+    def job_runs(self) -> None:
+        """Know that the begin is over, and that libvirt may be asked things that need QEMU."""
+        self._begun.set()
 
     def _note_pause(self) -> None:
         if self._paused_since is None:
@@ -147,6 +152,7 @@ class Guard:
 
     async def _watch_statistics(self) -> None:
         """Keep what QEMU has saved, and ask for an event where a scratch file has grown by half of the way."""
+        await self._begun.wait()  # before, each question would stand in the way of a begin, or of a thaw
         while True:
             try:
                 statistics = await self.domain.job_statistics()

@@ -110,6 +110,8 @@ class Watchdog:
                     self.peer.tell("guarding", job_id=self.job.job_id)
                 case {"say": "began"}:
                     self.began = True
+                    if self.job is not None and self.job.job_id in self._guards:
+                        self._guards[self.job.job_id][0].job_runs()
                 case {"say": "ended"}:
                     self._unguard()
                     self.job = None

@@ -89,13 +89,15 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
 
 def make_guard(lab: Lab, reserve: int = GIB) -> Guard:
     domain: Any = lab
-    return Guard(
+    guard = Guard(
         domain,
         RECORD,
         Reserve(size=reserve),
         say=lambda level, text: lab.said.append(f"{logging.getLevelName(level)} {text}"),
         lose=lambda job_id, reason: lab.lost.append(f"{job_id}: {reason}"),
     )
+    guard.job_runs()
+    return guard
 
 
 async def until(true: Any) -> None:
@@ -128,6 +130,18 @@ async def test_events_are_asked_for_half_way_for_each_disk(lab: Lab) -> None:
         await until(lambda: len(lab.thresholds) == 2)
         nursery.cancel_scope.cancel()
     assert lab.thresholds == {"vda[2]": 49 * GIB // 4, "vdb[3]": 49 * GIB // 4}
+
+
+async def test_libvirt_is_not_asked_for_figures_before_the_job_runs(lab: Lab) -> None:
+    guard = make_guard(lab)
+    guard._begun = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guard.watch)
+        await trio.sleep(0.2)
+        assert not lab.thresholds
+        guard.job_runs()
+        await until(lambda: lab.thresholds)
+        nursery.cancel_scope.cancel()
 
 
 async def test_pause_while_the_job_is_being_ended_is_undone(lab: Lab) -> None:
