@@ -37,9 +37,10 @@ from backupfs.domain import Domain
 from backupfs.domainxml import Reason, parse_backup
 from backupfs.errors import BackupfsError, NotBegun, PointLost, PointOver
 from backupfs.keeper import Keeper
+from backupfs.leftover import ABORT_SECONDS, GONE_SECONDS
 from backupfs.link import Happening, Kind
 from backupfs.options import Options
-from backupfs.point import ABORT_SECONDS, GONE_SECONDS, Point, open_point
+from backupfs.point import Point, open_point
 from backupfs.state import State
 
 log = logging.getLogger("backupfs.job")

@@ -16,7 +16,7 @@ async def test_what_a_form_had_to_leave_out_is_told_with_the_rest() -> None:
     disk_map = DiskMap(uniform(2**51 + 512, ZERO))
     disks = {"vda": RawImage("vda", disk_map)}
     forms = Forms("web01", "1234", 1000, "<domain/>", {}, disks, {"vda": disk_map})
-    job = SimpleNamespace(left_out={"sda": Reason("a cdrom", "copy it")}, lost=None, refusal=None)
+    job = SimpleNamespace(left_out={"sda": Reason("a cdrom", "copy it")}, lost=None, last_loss=None, refusal=None)
     reporter = Reporter(job, "/mnt", "/control", "syslog")  # type: ignore[arg-type]  # has what is asked of it
     point = SimpleNamespace(forms=forms, quiesced=Quiesced())
     assert reporter._why(point) == {"sda": "a cdrom; copy it"}  # type: ignore[arg-type]
