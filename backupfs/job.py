@@ -26,7 +26,6 @@ import contextlib
 import enum
 import logging
 import math
-import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -35,7 +34,8 @@ import trio
 
 from backupfs.domain import Domain
 from backupfs.domainxml import Reason, parse_backup
-from backupfs.errors import BackupfsError, NotBegun, PointLost, PointOver
+from backupfs.errors import BackupfsError, NotBegun, PointLost
+from backupfs.holders import Holders, Lease
 from backupfs.keeper import Keeper
 from backupfs.leftover import ABORT_SECONDS, GONE_SECONDS
 from backupfs.link import Happening, Kind
@@ -45,7 +45,6 @@ from backupfs.state import State
 
 log = logging.getLogger("backupfs.job")
 
-GRACE_SECONDS: Final = 1.0
 QUIET_SECONDS: Final = 60.0  # a lost point is forgotten when nobody has asked for so long
 
 
@@ -83,31 +82,6 @@ TRANSITIONS: Final = {
 
 
 @dataclass(eq=False)
-class Lease:
-    """One open file's claim on a point in time."""
-
-    point: Point
-    _job: Job
-    _released: bool = False
-
-    def check(self) -> None:
-        """Raise PointLost or PointOver unless the point is still being served."""
-        if self.point.lost is not None:
-            raise PointLost(self.point.domain, self.point.lost)
-        if self.point.over:
-            raise PointOver(self.point.domain, self.point.instant)
-        self._job.touch()
-
-    def release(self) -> None:
-        """Give the claim back; a second time does nothing."""
-        if not self._released:
-            self._released = True
-            self._job._leases.discard(self)
-            self._job.touch()
-            self._job._tell_released()
-
-
-@dataclass(eq=False)
 class Job:
     """The domain's backup job as this mount sees it. Got with `open_job`."""
 
@@ -118,22 +92,27 @@ class Job:
     state: JobState = JobState.IDLE
     generation: int = 1
     point: Point | None = None
+    holders: Holders = field(init=False)
     refusal: str | None = None
     lost: str | None = None
     last_loss: str | None = None  # until the next point begins
     left_out: Mapping[str, Reason] = field(default_factory=dict)
     last_activity: float = field(default_factory=trio.current_time)
     _nursery: trio.Nursery | None = None
-    _leases: set[Lease] = field(default_factory=set)
-    _openers: dict[int, int] = field(default_factory=dict)
     _settled: trio.Event = field(default_factory=trio.Event)
     _end_wanted: trio.Event = field(default_factory=trio.Event)
     _changed: trio.Event = field(default_factory=trio.Event)
-    _released: trio.Event = field(default_factory=trio.Event)
     _error: BackupfsError | None = None
     _unquiesced: str | None = None
     _ended_by_guard: tuple[str, str] | None = None  # the latest job that it ended, and why
     _closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.holders = Holders(self.touch, self._reconsider)
+
+    def _reconsider(self) -> None:
+        """Have the clock's watcher look again; the event is made anew after each time."""
+        self._changed.set()
 
     # --- what the tree asks ------------------------------------------------------------------
 
@@ -181,7 +160,7 @@ class Job:
             return 0
         if self.state is JobState.IDLE:
             return 0
-        cut_off = len(self._leases)
+        cut_off = self.holders.open_files
         self._end("released by command")
         # Whoever asks for it needs it to be over: he has a snapshot to make, say.
         await self._wait_settled(ABORT_SECONDS + GONE_SECONDS)
@@ -189,10 +168,9 @@ class Job:
 
     def lease(self, point: Point, pid: int) -> Lease:
         """Claim *point* for a file that the process *pid* opens."""
-        lease = Lease(point, self)
-        lease.check()
-        self._leases.add(lease)
-        self._hold_by_process(pid)
+        lease = self.holders.lease(point)
+        if self._nursery is not None:
+            self.holders.add(pid, self._nursery)
         return lease
 
     def touch(self) -> None:
@@ -203,21 +181,6 @@ class Job:
         """Note that somebody still asks for what is lost, so that it is not forgotten yet."""
         if self.state is JobState.LOST:
             self.touch()
-
-    @property
-    def open_files(self) -> int:
-        """How many files of points in time are open, of ended ones too."""
-        return len(self._leases)
-
-    @property
-    def holders(self) -> tuple[int, ...]:
-        """The living processes that opened a file of the point."""
-        return tuple(sorted(self._openers))
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a file is open, or a process that opened one still lives."""
-        return bool(self._leases or self._openers)
 
     # --- the life of a point -----------------------------------------------------------------
 
@@ -326,7 +289,7 @@ class Job:
         self._settled = trio.Event()
         self._error = None
         self._fire(Event.UNUSED)
-        self._forget_openers()
+        self.holders.forget_processes()
         self._end_wanted.set()
 
     def _lose(self, reason: str) -> None:
@@ -347,7 +310,7 @@ class Job:
         self._settled = trio.Event()
         self._error = None
         self._fire(Event.BROKE)
-        self._forget_openers()
+        self.holders.forget_processes()
         self._end_wanted.set()
 
     def end_by_guard(self, job_id: str, reason: str) -> None:
@@ -407,7 +370,7 @@ class Job:
             waits.append(QUIET_SECONDS)
         elif self.state is JobState.RUNNING:
             waits.append(self.options.idle_max or math.inf)
-            if not self.is_held:
+            if not self.holders.is_held:
                 waits.append(self.options.idle or math.inf)
         return self.last_activity + min(waits)
 
@@ -423,62 +386,7 @@ class Job:
         else:
             self._end(f"idle for {quiet:.0f} s")
 
-    # --- processes that hold the point -------------------------------------------------------
-
-    def _hold_by_process(self, pid: int) -> None:
-        """Let the process hold the point for as long as it lives."""
-        # 0: the process is in another PID namespace; then only its open files count.
-        if pid <= 0 or self._nursery is None:
-            return
-        pid = _thread_group(pid)
-        if pid in self._openers:
-            return
-        try:
-            # The process waits for our answer to its open, so the number is still its own.
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            log.debug("%s: no pidfd of process %d: %s", self.domain.name, pid, error)
-            return
-        self._openers[pid] = pidfd
-        self._nursery.start_soon(self._await_death, pid, pidfd)
-
-    async def _await_death(self, pid: int, pidfd: int) -> None:
-        try:
-            await trio.lowlevel.wait_readable(pidfd)
-        except trio.ClosedResourceError:
-            return  # the point ended first
-        if self._openers.get(pid) == pidfd:
-            del self._openers[pid]
-            trio.lowlevel.notify_closing(pidfd)
-            os.close(pidfd)
-            self._tell_released()
-
-    def _tell_released(self) -> None:
-        """Wake up whoever waits until fewer hold the point."""
-        self._changed.set()
-        self._released.set()
-        self._released = trio.Event()
-
-    def _forget_openers(self) -> None:
-        openers, self._openers = self._openers, {}
-        for pidfd in openers.values():
-            trio.lowlevel.notify_closing(pidfd)
-            os.close(pidfd)
-
-    async def settle(self) -> bool:
-        """Say whether somebody holds the point, after a moment for news that is on its way.
-
-        The kernel tells of a closed file, and of an ended process, a little after the fact.
-        """
-        with trio.move_on_after(GRACE_SECONDS):
-            while self.is_held:
-                await self._released.wait()
-        return self.is_held
-
-    async def wait_no_open_files(self) -> None:
-        """Wait until nobody has a file of a point open."""
-        while self._leases:
-            await self._released.wait()
+    # --- its end ---------------------------------------------------------------------------------
 
     async def shut(self) -> None:
         """End the point whoever uses it, and begin no other; readers get EIO."""
@@ -504,18 +412,6 @@ class Job:
         )
 
 
-def _thread_group(tid: int) -> int:
-    """Return the process that the thread *tid* belongs to; FUSE tells threads."""
-    try:
-        with open(f"/proc/{tid}/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("Tgid:"):
-                    return int(line.split()[1])
-    except OSError:
-        pass  # gone already: then no process holds anything
-    return tid
-
-
 @contextlib.asynccontextmanager
 async def open_job(domain: Domain, record: State, options: Options, keeper: Keeper) -> AsyncIterator[Job]:
     """Watch over the domain's backup job; on the way out, end it."""
@@ -530,5 +426,5 @@ async def open_job(domain: Domain, record: State, options: Options, keeper: Keep
             yield job
         finally:
             await job._close()
-            job._forget_openers()
+            job.holders.forget_processes()
             nursery.cancel_scope.cancel()

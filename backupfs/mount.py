@@ -180,7 +180,7 @@ async def _await_unmount(job: Job, device: str, nursery: trio.Nursery) -> None:
     """End when the mount is gone from our namespace, though another one holds a copy of it."""
     await mountpoint.wait_unmounted(device)
     # `umount -l`: who has a file open keeps it until he closes it.
-    await job.wait_no_open_files()
+    await job.holders.wait_no_open_files()
     nursery.cancel_scope.cancel()
 
 
@@ -188,7 +188,7 @@ async def _await_signal(job: Job, fuse: _Fuse, nursery: trio.Nursery) -> None:
     with trio.open_signal_receiver(*SIGNALS) as arriving:
         async for number in arriving:
             name = signal.Signals(number).name
-            busy = "a point in time is in use" if await job.settle() else await mountpoint.unmount(fuse.path)
+            busy = "a point in time is in use" if await job.holders.settle() else await mountpoint.unmount(fuse.path)
             if busy is None:
                 log.info("%s: %s: unmounting", job.domain.name, name)
             else:

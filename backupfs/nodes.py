@@ -94,7 +94,7 @@ Node = Folder | File
 
 
 class Claim(Protocol):
-    """What an open file or folder holds of its point in time; see `job.Lease`."""
+    """What an open file or folder holds of its point in time; see `holders.Lease`."""
 
     def check(self) -> None: ...
 

@@ -31,8 +31,9 @@ from backupfs import domainxml
 from backupfs.errors import BackupfsError, NoSuchFile, PointLost, PointOver
 from backupfs.export import Export, resolve
 from backupfs.forms import FORMS, Form
+from backupfs.holders import Lease
 from backupfs.image import Image
-from backupfs.job import Job, Lease
+from backupfs.job import Job
 from backupfs.nodes import Attributes, Buffer, Node, OpenBytes, OpenFile, OpenFolder
 from backupfs.point import Point
 

@@ -277,7 +277,7 @@ async def test_begin_by_command_only(backend: Backend, autojump_clock: Any) -> N
 async def test_shut_ends_the_point_and_begins_no_other(backend: Backend, autojump_clock: Any) -> None:
     async with opened(backend) as job:
         lease = job.lease(await job.look(), pid=0)
-        assert await job.settle()
+        assert await job.holders.settle()
         await job.shut()
         assert backend.running == 0
         with pytest.raises(PointOver):
