@@ -119,7 +119,7 @@ def _serve(source: str, mount_point: str, options: Options, *, foreground: bool,
         await mount.serve(source, mount_point, options, ring, ready=ready)
 
     try:
-        trio.run(run)
+        trio.run(run, strict_exception_groups=True)  # trio 0.22 has another default
     except BaseExceptionGroup as group:
         raise _first(group) from group
 

@@ -26,7 +26,7 @@ from backupfs.errors import (
     MissingDependency,
     NoSuchDomain,
 )
-from backupfs.link import Connection, Happening, Link, connect_to, refusal, sentence, start_event_loop
+from backupfs.link import Connection, Happening, Link, connect_to, in_thread, refusal, sentence, start_event_loop
 
 try:
     import libvirt  # type: ignore[import-untyped, unused-ignore]  # no stubs exist
@@ -348,7 +348,7 @@ async def open_domain(source: str, uri: str | None, *, timeout: float) -> AsyncI
     # An unreachable host can hold the call for minutes; nothing has begun, so it may be left.
     try:
         with trio.fail_after(timeout):
-            canonical, name, uuid, host_uuid = await trio.to_thread.run_sync(find, abandon_on_cancel=True)
+            canonical, name, uuid, host_uuid = await in_thread(find)
     except trio.TooSlowError:
         raise LibvirtUnavailable(uri or "", f"no answer for {timeout:g} s") from None
     send, receive = trio.open_memory_channel[Happening](2**16)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -98,6 +99,19 @@ class Connection(Protocol):
     def domainEventDeregisterAny(self, callback: int) -> int: ...
     def registerCloseCallback(self, cb: Any, opaque: Any) -> int: ...
     def unregisterCloseCallback(self) -> int: ...
+
+
+# Trio 0.22, which Debian 12 has, knows it by another name.
+_ABANDON: Final[dict[str, Any]] = {
+    "abandon_on_cancel"
+    if "abandon_on_cancel" in inspect.signature(trio.to_thread.run_sync).parameters
+    else "cancellable": True
+}
+
+
+async def in_thread(blocking: Callable[[], T]) -> T:
+    """Call *blocking* in a thread; if this is cancelled, the thread is left to end when it does."""
+    return await trio.to_thread.run_sync(blocking, **_ABANDON)
 
 
 @functools.cache
@@ -181,7 +195,7 @@ class Link:
                 return what(connection.lookupByUUIDString(self.uuid))
 
             try:
-                return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+                return await in_thread(work)
             except libvirt.libvirtError as error:
                 if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                     raise NoSuchDomain(self.name, self.uri) from error
@@ -296,7 +310,7 @@ class Link:
 
         with trio.move_on_after(self.timeout) as scope:
             scope.shield = True
-            await trio.to_thread.run_sync(close, abandon_on_cancel=True)
+            await in_thread(close)
 
 
 async def is_connected(connection: Connection) -> bool:
@@ -306,7 +320,7 @@ async def is_connected(connection: Connection) -> bool:
         except libvirt.libvirtError:
             return False
 
-    return await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
+    return await in_thread(ask)
 
 
 def connect_to(uri: str | None) -> Connection:

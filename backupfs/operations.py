@@ -121,12 +121,12 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, node: Node, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(self.inodes.number(node))
+        entry.st_ino = self.inodes.number(node)
         entry.generation = attributes.generation
         # Every walk along a path must ask again: the same name may be of another point by now.
         entry.entry_timeout = 0
         entry.attr_timeout = attributes.valid
-        entry.st_mode = pyfuse3.ModeT(self._folder_mode if isinstance(node, Folder) else self._file_mode)
+        entry.st_mode = self._folder_mode if isinstance(node, Folder) else self._file_mode
         entry.st_nlink = attributes.links
         entry.st_uid, entry.st_gid = self._owner
         entry.st_size = attributes.size
@@ -189,7 +189,7 @@ class Operations(pyfuse3.Operations):
         opened = await node.open_file(ctx.pid)
         handle = next(self._handles)
         self._files[handle] = opened
-        return FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=opened.direct, keep_cache=not opened.direct)
+        return FileInfo(fh=handle, direct_io=opened.direct, keep_cache=not opened.direct)
 
     @answered
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do

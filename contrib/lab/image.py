@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,21 +72,40 @@ def make_boot() -> Boot:
     return boot
 
 
+def unpack_packages(packages: Sequence[str]) -> Path:
+    """Return a folder with the contents of the distribution's *packages*, from the cache or downloaded."""
+    cache = cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"unpacked-{hashlib.sha256(' '.join(packages).encode()).hexdigest()[:12]}"
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                unpacked = Path(scratch, "unpacked")
+                _unpack(packages, Path(scratch), unpacked)
+                unpacked.rename(folder)
+    return folder
+
+
+def _unpack(packages: Sequence[str], scratch: Path, to: Path) -> None:
+    # apt's own sandbox user cannot write here, and says so at length.
+    subprocess.run(
+        ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages],
+        cwd=scratch,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    for package in scratch.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", str(package), str(to)], check=True)
+
+
 def _make(scratch: Path, boot: Boot) -> None:
     unpacked = scratch / "unpacked"
     depends = _output("apt-cache", "depends", "linux-image-cloud-amd64")
     kernel = re.search(r"Depends: (linux-image-[0-9]\S+)", depends)
     if kernel is None:
         raise RuntimeError("apt knows no linux-image-cloud-amd64: run `apt-get update`")
-    # apt's own sandbox user cannot write here, and says so at length.
-    subprocess.run(
-        ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", kernel[1], "qemu-guest-agent"],
-        cwd=scratch,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    for package in scratch.glob("*.deb"):
-        subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
+    _unpack([kernel[1], "qemu-guest-agent"], scratch, unpacked)
     root = scratch / "root"
     for folder in ("bin", "modules", "usr/sbin", "lib64"):
         (root / folder).mkdir(parents=True)
