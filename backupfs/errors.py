@@ -315,7 +315,8 @@ class NotThawed(BackupfsError):
     def __str__(self) -> str:
         return (
             f"{self.domain}: its file systems may still be frozen: {self.reason};"
-            f" run `virsh domfsthaw {self.domain}`, or in the guest `fsfreeze -u`"
+            f" restart the guest's agent, twice if need be, until `virsh domfsthaw {self.domain}` works,"
+            " or run `fsfreeze -u` in the guest"
         )
 
 

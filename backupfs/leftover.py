@@ -18,7 +18,7 @@ import trio
 
 from backupfs import domainxml
 from backupfs.domain import Domain
-from backupfs.errors import BackupfsError, ForeignJob, LibvirtTimeout, NoSuchDomain
+from backupfs.errors import BackupfsError, ForeignJob, LibvirtTimeout, NoSuchDomain, NotThawed
 from backupfs.quiesce import thaw_left_over
 from backupfs.state import JobRecord, State
 
@@ -35,12 +35,17 @@ async def clear_left_over(domain: Domain, state: State, *, within: float = ABORT
     """End the job that a killed process of ours has left, and remove its files.
 
     Called by the one who has the watchdog's lock, so nobody else does it at the same time.
-    Raises LibvirtTimeout where our job does not end, ForeignJob where another program's runs.
+    Raises LibvirtTimeout where our job does not end, NotThawed where the guest stays frozen, too,
+    ForeignJob where another program's runs.
     """
     if (record := state.job) is not None:
-        await thaw_left_over(domain, state, record)  # first: a frozen guest is a stopped one
+        stuck = await thaw_left_over(domain, state, record)  # first: a frozen guest is a stopped one
+        if stuck is not None and not await _runs(domain, record.socket):
+            raise NotThawed(domain.name, stuck)  # the job ended long ago
         log.info("%s: ending the backup job that was left over, on %s", domain.name, record.socket)
         await end_job(domain, state, record, within=within)
+        if stuck is not None and state.job is not None:
+            raise NotThawed(domain.name, stuck)
         if state.job is not None:
             raise LibvirtTimeout(domain.name, "begin a backup", f"the job left over on {record.socket} does not end")
     if (xml := await domain.backup_xml()) is not None:
@@ -49,7 +54,10 @@ async def clear_left_over(domain: Domain, state: State, *, within: float = ABORT
 
 
 async def end_job(domain: Domain, state: State, record: JobRecord, *, within: float = ABORT_SECONDS) -> None:
-    """End our job, wait until libvirt says that it is gone, and remove what it left."""
+    """End our job, wait until libvirt says that it is gone, and remove what it left.
+
+    Its record goes last, and stays where the job does not end, or the guest is still frozen.
+    """
     try:
         with trio.CancelScope(shield=True):
             with contextlib.suppress(NoSuchDomain):  # undefined, or a transient one that stopped
@@ -63,16 +71,21 @@ async def end_job(domain: Domain, state: State, record: JobRecord, *, within: fl
         why = error if isinstance(error, BackupfsError) else "libvirt does not end it"
         log.error("%s: the backup job on %s: %s; the next mount will end it", domain.name, record.socket, why)
     else:
-        if state.job is not None:
-            with trio.CancelScope(shield=True):
-                await thaw_left_over(domain, state, state.job, last=True)
-        state.forget_job()
+        with trio.CancelScope(shield=True):
+            stuck = state.job and await thaw_left_over(domain, state, state.job, last=True)
+        if stuck is None:
+            state.forget_job()
 
 
 async def _wait_until_gone(domain: Domain, socket: str) -> None:
     # No event tells reliably: the one for the job's end comes before its files are removed.
-    while (xml := await domain.backup_xml()) is not None and domainxml.parse_backup(xml).socket == socket:  # noqa: ASYNC110
+    while await _runs(domain, socket):  # noqa: ASYNC110
         await trio.sleep(0.02)
+
+
+async def _runs(domain: Domain, socket: str) -> bool:
+    xml = await domain.backup_xml()
+    return xml is not None and domainxml.parse_backup(xml).socket == socket
 
 
 def _remove_files(domain: Domain, record: JobRecord) -> None:

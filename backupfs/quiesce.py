@@ -47,7 +47,7 @@ AGENT_SECONDS: Final = 20  # a freeze writes out what the guest has in memory fi
 LIBVIRT_SECONDS: Final = 5.0  # what libvirt may add to that
 FROZEN_SECONDS: Final = 10.0  # Windows' VSS thaws by itself after so long, and no guest shall wait longer
 THAW_SECONDS: Final = 10.0  # then the job is ended, for without it more can be done
-LAST_THAW_SECONDS: Final = 30.0  # an agent that died is started again by then, if somebody does
+LAST_THAW_SECONDS: Final = 60.0  # an agent that died is started again by then, if somebody does
 THAW_PAUSE: Final = 0.25
 FOREIGN: Final = "somebody else has frozen the guest, and has to thaw it"
 
@@ -180,7 +180,13 @@ class Freezer:
         """Thaw; raise NotThawed where that fails: whoever ends the job then tries again."""
         why = await _thaw(self.domain, self.state, THAW_SECONDS)
         if why is not None:
-            raise NotThawed(self.domain.name, why)
+            raise self._not_thawed(why)
+
+    def _not_thawed(self, why: str) -> NotThawed:
+        """Return what to raise, and say it now: the job's end can take a minute, and the guest stands still."""
+        error = NotThawed(self.domain.name, why)
+        log.error("%s", error)
+        return error
 
     async def _begin_frozen(self, deed: Callable[[], Awaitable[None]], called: float, count: int) -> Quiesced:
         begun = trio.Event()
@@ -206,7 +212,7 @@ class Freezer:
                 stuck = await _thaw(self.domain, self.state, THAW_SECONDS)
             frozen = trio.current_time() - called
         if stuck is not None:
-            raise NotThawed(self.domain.name, stuck)
+            raise self._not_thawed(stuck)
         if error is not None:
             raise error
         if in_time:
@@ -254,16 +260,17 @@ async def _thaw(domain: Domain, state: State, patience: float) -> str | None:
     return None
 
 
-async def thaw_left_over(domain: Domain, state: State, record: JobRecord, *, last: bool = False) -> None:
+async def thaw_left_over(domain: Domain, state: State, record: JobRecord, *, last: bool = False) -> str | None:
     """Thaw the guest if *record* says that we have frozen it: we were killed, or its agent died.
 
-    Never anything else: a guest that was started since is not the one that we froze. Call it
-    before the job is ended, for a frozen guest is a stopped one; and, with *last*, once more
-    after that, for libvirt 9.0 is slow to see an agent come back while a job runs. An
-    ERROR then tells what is left to do.
+    Never anything else: a guest that was started since is not the one that we froze. Returns why
+    it may still be frozen, None if it is not; the record goes on saying so then. Call it before
+    the job is ended, for a frozen guest is a stopped one; and, with *last*, once more
+    after that, for while a job runs libvirt 9.0 does not see an agent come back; then an
+    ERROR tells what is left to do.
     """
     if not record.frozen:
-        return
+        return None
     try:
         same = await domain.is_alive() and parse_domain(await domain.live_xml()).id == record.domain_id
     except NoSuchDomain:
@@ -273,12 +280,15 @@ async def thaw_left_over(domain: Domain, state: State, record: JobRecord, *, las
         same = True
     if not same:
         _note_thawed(state)
-        return
+        return None
     log.info("%s: thawing the file systems that were left frozen", domain.name)
     why = await _thaw(domain, state, LAST_THAW_SECONDS if last else THAW_SECONDS)
-    if why is not None and last:
+    if why is None:
+        log.info("%s: thawed", domain.name)
+    elif last:
         log.error("%s", NotThawed(domain.name, why))
     await _reset_agent_timeout(domain)
+    return why
 
 
 async def _reset_agent_timeout(domain: Domain) -> None:
