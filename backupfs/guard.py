@@ -17,6 +17,7 @@ for it. Who was suspended by a person, or paused for a full disk of his own, sta
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -28,7 +29,7 @@ import trio
 from backupfs import domainxml
 from backupfs.domain import Domain
 from backupfs.errors import BackupfsError, NoSuchDomain
-from backupfs.link import Happening, Kind
+from backupfs.link import Happening, Kind, in_thread
 from backupfs.scratch import FULL, LONGEST, SHORTEST, Gauge, Look, Reserve, Room, measure, room_text
 from backupfs.state import JobRecord
 
@@ -122,7 +123,7 @@ class Guard:
         for folder, gauge in self._gauges.items():
             try:
                 # In a thread: a network's file system may not answer.
-                room = await trio.to_thread.run_sync(measure, folder, abandon_on_cancel=True)
+                room = await in_thread(functools.partial(measure, folder))
             except OSError as error:
                 log.debug("%s: cannot measure %s: %s", self.domain.name, folder, error)
                 continue

@@ -42,6 +42,7 @@ from backupfs.forms import Forms
 from backupfs.image import RawImage
 from backupfs.keeper import Keeper
 from backupfs.leftover import clear_left_over, end_job
+from backupfs.link import in_thread
 from backupfs.nbdclient import Address
 from backupfs.options import Options
 from backupfs.preflight import check_scratch
@@ -139,7 +140,7 @@ async def open_point(
         disk.target: domainxml.scratch_path(disk, job_id, options.scratch, domain.name)
         for disk in seen.selection.taking
     }
-    await trio.to_thread.run_sync(
+    await in_thread(
         functools.partial(
             check_scratch,
             {os.path.dirname(path) for path in scratches.values()},
@@ -147,8 +148,7 @@ async def open_point(
             domain=domain.name,
             uuid=domain.uuid,
             uri=domain.uri,
-        ),
-        abandon_on_cancel=True,
+        )
     )
     socket = _socket_path(domain, state, seen.domain, job_id)
     record = JobRecord(

@@ -281,10 +281,10 @@ async def thaw_left_over(domain: Domain, state: State, record: JobRecord, *, las
     if not same:
         _note_thawed(state)
         return None
-    log.info("%s: thawing the file systems that were left frozen", domain.name)
+    log.debug("%s: thawing the file systems that were left frozen", domain.name)
     why = await _thaw(domain, state, LAST_THAW_SECONDS if last else THAW_SECONDS)
     if why is None:
-        log.info("%s: thawed", domain.name)
+        log.info("%s: thawed the file systems that were left frozen", domain.name)
     elif last:
         log.error("%s", NotThawed(domain.name, why))
     await _reset_agent_timeout(domain)

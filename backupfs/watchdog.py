@@ -237,7 +237,7 @@ def main(arguments: list[str]) -> int:
         await _run(peer, lock, words)
 
     try:
-        trio.run(run)
+        trio.run(run, strict_exception_groups=True)  # trio 0.22 has another default
     except BaseException:
         log.exception("unexpected, in the watchdog")
         return 1

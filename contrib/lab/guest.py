@@ -157,10 +157,10 @@ class Guest:
 
     def kill_agent(self) -> None:
         """Kill the guest agent; return when it has let go of its port."""
-        # Nobody reaps it there, so it stays as a zombie.
+        # Nobody reaps it there, so it stays as a zombie. One that was started while they were frozen has no pid file.
         self.run(
-            "p=$(cat /run/qemu-ga.pid); kill -KILL $p; "
-            "while grep -q '^State:.[^Z]' /proc/$p/status; do usleep 10000; done; rm /run/qemu-ga.pid"
+            "for p in $(pidof qemu-ga); do kill -KILL $p; "
+            "while grep -q '^State:.[^Z]' /proc/$p/status; do usleep 10000; done; done; rm -f /run/qemu-ga.pid"
         )
 
     def wait_agent(self, wanted: str, timeout: float = 30.0) -> None:
