@@ -24,8 +24,8 @@ def fuse_flags() -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "backupfs._lseek",
-            sources=["backupfs/_lseek.c"],
+            "backupfs._libfuse",
+            sources=["backupfs/_libfuse.c"],
             extra_compile_args=[*fuse_flags(), "-D_FILE_OFFSET_BITS=64", "-fvisibility=hidden", "-Wall", "-Wextra"],
             optional=True,
         )

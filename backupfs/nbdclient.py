@@ -60,6 +60,7 @@ log = logging.getLogger("backupfs.nbdclient")
 
 LONGEST: Final = 2**20  # bytes of one request
 IN_FLIGHT: Final = 16  # requests on one connection; more only wait on the server's side
+MOMENT: Final = 10  # milliseconds
 NbdError: Final[type[Exception]] = nbd.Error  # what all of a Handle's methods raise
 
 
@@ -81,6 +82,7 @@ class Handle(Protocol):
     def aio_get_direction(self) -> int: ...
     def aio_notify_read(self) -> None: ...
     def aio_notify_write(self) -> None: ...
+    def poll(self, milliseconds: int, /) -> int: ...
     def aio_is_ready(self) -> bool: ...
     def aio_is_dead(self) -> bool: ...
     def aio_is_closed(self) -> bool: ...
@@ -300,31 +302,42 @@ class Connection(Wire):
         """Send what is queued and hand out what is answered, until closed.
 
         A megabyte comes in six pieces, and each call of libnbd's lets another thread have the
-        interpreter and then waits for its turn again. So no more than two are made for a piece
-        that does not end an answer: poll, and read. What else there is to see (who closed,
-        what waits to be sent) changes only when something was sent, was answered, which death
-        does to all that is in flight, or when poll says so.
+        interpreter and then waits for its turn again. So the rest of an answer that has begun to
+        come is waited for by libnbd's own poll, one call a piece. What else there is to see (who
+        closed, what waits to be sent) changes only when something was sent, was answered, which
+        death does to all that is in flight, or when poll says so.
         """
         patience = Patience(self.timeout)
-        look = True
+        look, midway = True, False
         while not self._closing:
             while self._queue and len(in_flight) < IN_FLIGHT:
                 self._send(handle, self._queue.popleft(), in_flight)
                 look = True
-            if look or not in_flight:
-                self._watch(handle)
-            if not in_flight:
-                patience.renew()
-            look = self._poll(handle, patience if in_flight else None, has_room=len(in_flight) < IN_FLIGHT)
+            if midway:
+                midway = self._poll_midway(handle, patience)
+            else:
+                if look or not in_flight:
+                    self._watch(handle)
+                if not in_flight:
+                    patience.renew()
+                look = self._poll(handle, patience if in_flight else None, has_room=len(in_flight) < IN_FLIGHT)
+                midway = bool(in_flight) and not look
             if self._answered:
                 self._hand_out(handle, in_flight)
                 patience.renew()
-                look = True
+                look, midway = True, False
             if in_flight and patience.is_over:
                 raise NbdTimeout(self.address.export, f"{len(in_flight)} reads are waiting", self.timeout)
         if not in_flight:
             with contextlib.suppress(nbd.Error):
                 handle.aio_disconnect(0)
+
+    def _poll_midway(self, handle: Handle, patience: Patience) -> bool:
+        """Wait a moment for the next piece of an answer; return whether it came."""
+        begun = time.monotonic()
+        came = handle.poll(MOMENT) > 0  # of a ring it knows nothing: hence a moment, not longer
+        patience.spend(time.monotonic() - begun, came)
+        return came
 
     def _send(self, handle: Handle, request: Request, in_flight: dict[Request, int]) -> None:
         try:

@@ -3,19 +3,19 @@
 
 Why: `cp`, `tar -S`, bsdtar and `qemu-img convert` find the holes of a disk with lseek. A file
 system that knows none is answered for by the kernel, which says "all data", and they read a
-thin disk's terabyte of zeros. What would make this module and `_lseek.c` unnecessary: a
+thin disk's terabyte of zeros. What would make this module and `_libfuse.c` unnecessary: a
 pyfuse3 whose Operations have an `lseek`.
 
-    kernel ─► libfuse ─► _lseek.c ──arrived──► a task ─► Operations.lseek
+    kernel ─► libfuse ─► _libfuse.c ──arrived──► a task ─► Operations.lseek
                             ▲                    └─ Request.found(offset)
               fuse_reply_*  └───────────────────────── Request.failed(errno)
 
-How: `_lseek.c` stands in for libfuse's fuse_session_new and adds the one operation. For that the
+How: `_libfuse.c` stands in for libfuse's fuse_session_new and adds the one operation. For that the
 dynamic linker must meet it before libfuse, so it is loaded here with RTLD_GLOBAL, and this module
 must be imported before pyfuse3 is. Where that does not come about (it was installed without a
 compiler, pyfuse3 is linked in some other way) nothing else changes: `Seeks.why_not` says so.
 
-Law: each request is answered exactly once; see `_lseek.c`. The session lives as long as any
+Law: each request is answered exactly once; see `_libfuse.c`. The session lives as long as any
 request: `end` comes before it is destroyed.
 """
 
@@ -32,21 +32,21 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 if TYPE_CHECKING:
-    from backupfs._lseek import Request
+    from backupfs._libfuse import Request
 
 
 def _load() -> tuple[ModuleType | None, str]:
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_GLOBAL)
     try:
-        return importlib.import_module("backupfs._lseek"), ""
+        return importlib.import_module("backupfs._libfuse"), ""
     except ImportError as error:
         return None, str(error)
     finally:
         sys.setdlopenflags(flags)
 
 
-_lseek, _why_not_loaded = _load()
+_libfuse, _why_not_loaded = _load()
 
 # isort: split
 import pyfuse3  # noqa: E402  # only now: its symbols are bound when it is loaded
@@ -66,13 +66,13 @@ class Seeks:
 
     def listen(self) -> None:
         """Have the next session know lseek. Must come before pyfuse3.init."""
-        if _lseek is not None:
-            _lseek.listen(self._arrived)
+        if _libfuse is not None:
+            _libfuse.listen(self._arrived)
 
     def end(self) -> None:
         """Take no more requests; what still waits gets EIO. Must come before pyfuse3.close."""
-        if _lseek is not None:
-            _lseek.end()
+        if _libfuse is not None:
+            _libfuse.end()
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Answer requests until cancelled; must have started before pyfuse3.main does."""
@@ -86,9 +86,9 @@ class Seeks:
     @property
     def why_not(self) -> str | None:
         """Why tools are told that all is data, with the cure; None: they are told the truth."""
-        if _lseek is None:
+        if _libfuse is None:
             return f"the C extension is not there ({_why_not_loaded}); {HINT}"
-        if not _lseek.sessions():
+        if not _libfuse.sessions():
             return "pyfuse3 does not take the C extension up; use one that is linked with a shared libfuse3"
         return None
 

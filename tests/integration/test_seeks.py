@@ -60,7 +60,7 @@ def copy_without_extension(folder: Path) -> None:
     package = Path(backupfs.__file__).parent
     shutil.copytree(package, folder / "backupfs", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     # An editable installation would look for it in the checkout, too.
-    (folder / "backupfs/_lseek.py").write_text("raise ImportError('No module named backupfs._lseek')\n")
+    (folder / "backupfs/_libfuse.py").write_text("raise ImportError('No module named backupfs._libfuse')\n")
 
 
 # --- without a domain ------------------------------------------------------------------------------

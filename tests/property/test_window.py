@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from dataclasses import dataclass, field
 
@@ -49,10 +50,10 @@ class Source:
     def ask(self, offset: int, length: int, buffer: bytearray | memoryview) -> Fetch:
         assert offset % self.alignment == 0
         assert (offset + length) % self.alignment == 0 or offset + length == self.size
-        whole = buffer.obj if isinstance(buffer, memoryview) else buffer
+        start = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         for other in self.held:
-            theirs = other.buffer.obj if isinstance(other.buffer, memoryview) else other.buffer
-            assert theirs is not whole or length < BLOCK, "two requests fill one buffer"
+            theirs = ctypes.addressof(ctypes.c_char.from_buffer(other.buffer))
+            assert start + length <= theirs or theirs + other.length <= start, "two requests fill one buffer"
         request = Request(offset, length, buffer)
         self.held.append(request)
         return Fetch(request)

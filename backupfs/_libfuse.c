@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-3.0-or-later
  *
- * lseek(SEEK_DATA, SEEK_HOLE) for pyfuse3, which has no handler for it; see seeks.py.
+ * Two things that pyfuse3 lacks: lseek(SEEK_DATA, SEEK_HOLE), for which it has no handler (see
+ * seeks.py), and letting other threads run while it answers a read (see fuse_reply_buf below).
  *
  *   pyfuse3 ──fuse_session_new──► ours: copies the operations, sets .lseek ──► libfuse's own
  *   kernel ──FUSE_LSEEK──► libfuse ──► arrived() ──► the listener, with a Request
@@ -42,6 +43,8 @@ static unsigned long sessions;
 
 static int (*reply_lseek)(fuse_req_t, off_t);
 static int (*reply_err)(fuse_req_t, int);
+
+#define WORTH_WHILE 65536 /* bytes; letting go of the GIL costs some microseconds */
 
 /* --- a request ------------------------------------------------------------------------------- */
 
@@ -108,7 +111,7 @@ static PyMethodDef request_methods[] = {
 
 static PyTypeObject RequestType = {
 	PyVarObject_HEAD_INIT(NULL, 0)
-	.tp_name = "backupfs._lseek.Request",
+	.tp_name = "backupfs._libfuse.Request",
 	.tp_doc = "A process that waits in lseek(2). Thrown away unanswered, it fails with EIO.",
 	.tp_basicsize = sizeof(Request),
 	.tp_flags = Py_TPFLAGS_DEFAULT,
@@ -239,6 +242,32 @@ EXPORTED struct fuse_session *fuse_session_new_versioned(struct fuse_args *args,
 	return made;
 }
 
+/*
+ * pyfuse3 answers a read with the GIL held, for the 200 microseconds in which a megabyte is copied
+ * to the kernel; the threads that read the next one stood still meanwhile. Whose buffer it is may
+ * not change before the handler awaits, which it cannot in here.
+ */
+EXPORTED int fuse_reply_buf(fuse_req_t req, const char *buf, size_t size)
+{
+	static int (*real)(fuse_req_t, const char *, size_t);
+	PyThreadState *state;
+	int result;
+
+	if (real == NULL) {
+		void *library = library_of(__builtin_return_address(0));
+
+		if (library == NULL || (*(void **)&real = dlsym(library, "fuse_reply_buf")) == NULL)
+			return -ENOSYS;
+		dlclose(library); /* the caller is in it: it stays */
+	}
+	if (size < WORTH_WHILE || !PyGILState_Check())
+		return real(req, buf, size);
+	state = PyEval_SaveThread();
+	result = real(req, buf, size);
+	PyEval_RestoreThread(state);
+	return result;
+}
+
 /* --- the module ------------------------------------------------------------------------------ */
 
 static PyObject *module_listen(PyObject *module, PyObject *callable)
@@ -281,13 +310,13 @@ static PyMethodDef module_methods[] = {
 
 static struct PyModuleDef module_definition = {
 	PyModuleDef_HEAD_INIT,
-	.m_name = "backupfs._lseek",
+	.m_name = "backupfs._libfuse",
 	.m_doc = "lseek(SEEK_DATA, SEEK_HOLE) for pyfuse3.",
 	.m_size = -1,
 	.m_methods = module_methods,
 };
 
-PyMODINIT_FUNC PyInit__lseek(void)
+PyMODINIT_FUNC PyInit__libfuse(void)
 {
 	PyObject *module;
 
