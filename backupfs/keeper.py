@@ -174,8 +174,10 @@ class Keeper:
         try:
             while (message := await peer.hear()) is not None:
                 self._hear(message)
-            if self._closing:
+            if self._closing and self.state.job is not None:
                 return "was left to end the job"
+            if self._closing:
+                return _ending(await process.wait())  # so that with the mount all of it has gone
             # One that has closed its end and lives on is of no use.
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -24,6 +24,7 @@ from rich.console import Console
 from backupfs import domainxml, errors
 from backupfs.errors import NoSuchFile
 from backupfs.extents import uniform
+from backupfs.forms import DiskImage, Form
 from backupfs.image import RawImage
 from backupfs.inodes import Inodes
 from backupfs.logs import LONGEST_LINE, RingLog
@@ -43,9 +44,14 @@ def tree_of(checkpoints: dict[str, str]) -> Tree:
         return checkpoints
 
     domain = SimpleNamespace(name="d", uuid="u", uri="x", checkpoints=listed)
+    form: Any = Form({"domain.xml": b"<x/>"}, {"vda.raw": DiskImage("vda", RawImage(None, uniform(0)))})
+
+    async def ready(_name: str) -> Any:
+        return form
+
     point = SimpleNamespace(
         generation=1, domain="d", instant=7, lost=None, over=False, job_id="j",
-        files={"domain.xml": b"<x/>"}, images={}, exports={},
+        forms=SimpleNamespace(get=ready), exports={},
     )  # fmt: skip
 
     async def look() -> Any:
@@ -87,8 +93,6 @@ async def test_no_checkpoint_s_name_leaves_its_folder(told: list[str]) -> None:
 @given(names)
 async def test_whatever_is_looked_up_is_in_the_tree_or_not_there(name: str) -> None:
     tree = tree_of({})
-    export: Any = SimpleNamespace()
-    tree.job.point.images["vda"] = RawImage(export, uniform(0))
     for folder in (Root(tree), PointFolder(tree, "raw", 1), Checkpoints(tree), Inner(tree)):
         try:
             found = await folder.child(name)
