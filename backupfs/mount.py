@@ -35,13 +35,14 @@ from backupfs.job import Job, open_job
 from backupfs.keeper import open_keeper
 from backupfs.leftover import clear_left_over
 from backupfs.logs import RingLog
+from backupfs.mounted import Mounted
 from backupfs.operations import Operations
 from backupfs.options import Options
 from backupfs.point import survey
 from backupfs.report import Reporter
 from backupfs.state import State, open_state
 from backupfs.status import render_json, render_metrics
-from backupfs.tree import Root, Tree
+from backupfs.tree import Root
 
 log = logging.getLogger("backupfs.mount")
 
@@ -84,7 +85,7 @@ async def _serve_job(
 ) -> None:
     control = job.record.folder / "control"
     reporter = Reporter(job, path, str(control), ring.destination)
-    tree = Tree(
+    tree = Mounted(
         job,
         {
             "status.json": lambda: render_json(reporter.snapshot()),

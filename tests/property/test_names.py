@@ -22,15 +22,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from backupfs import domainxml, errors
+from backupfs.checkpointtree import Checkpoints
 from backupfs.errors import NoSuchFile
 from backupfs.extents import uniform
 from backupfs.image import RawImage
 from backupfs.inodes import Inodes
 from backupfs.logs import LONGEST_LINE, RingLog
 from backupfs.mount import _fuse_options
+from backupfs.mounted import Mounted
 from backupfs.options import Options
+from backupfs.pointtree import PointFolder
 from backupfs.status import render_json, render_metrics, render_table
-from backupfs.tree import Checkpoints, Inner, PointFolder, Root, Tree
+from backupfs.tree import Inner, Root
 from tests.unit.test_status import DISK, SNAPSHOT, parse_metrics
 
 NASTY = ["..", ".", "", "/", "a/b", "../../etc/passwd", "a\nb", "\x1b[2J", "\0", "ä" * 200, "x" * 256, "\udcff",
@@ -38,7 +41,7 @@ NASTY = ["..", ".", "", "/", "a/b", "../../etc/passwd", "a\nb", "\x1b[2J", "\0",
 names = st.sampled_from(NASTY) | st.text(st.characters(codec=None), max_size=300)
 
 
-def tree_of(checkpoints: dict[str, str]) -> Tree:
+def tree_of(checkpoints: dict[str, str]) -> Mounted:
     async def listed() -> dict[str, str]:
         return checkpoints
 
@@ -56,7 +59,7 @@ def tree_of(checkpoints: dict[str, str]) -> Tree:
         domain=domain, point=point, generation=1, state=SimpleNamespace(value="running"), look=look,
         lease=lambda *_a, **_k: lease, touch_if_lost=lambda: None, record=SimpleNamespace(last_instant=7),
     )  # fmt: skip
-    return Tree(job, {"log": lambda: b""}, started=1)
+    return Mounted(job, {"log": lambda: b""}, started=1)
 
 
 @given(st.lists(names, max_size=8, unique=True))
