@@ -10,6 +10,7 @@ from typing import Final, Generic, TypeVar
 import trio
 
 from backupfs import domainxml
+from backupfs.checkpoints import Base
 from backupfs.errors import BackupfsError
 from backupfs.job import Job
 
@@ -34,6 +35,10 @@ class Fresh(Generic[T]):
             self._asked = trio.current_time()
         return self._value
 
+    def forget(self) -> None:
+        """Have the next one who asks get an answer of its own."""
+        self._asked = float("-inf")
+
     async def get_or_last(self, default: T) -> T:
         """Return the value, or the last known one where asking fails or takes long: for stat."""
         try:
@@ -54,18 +59,14 @@ class Mounted:
     inner: Mapping[str, Callable[[], bytes]]  # name in .backupfs/ -> its contents now
     started: int
     xml: Fresh[str] = field(init=False)
-    checkpoints: Fresh[dict[str, str]] = field(init=False)
+    checkpoints: Fresh[dict[str, Base]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.xml = Fresh(self._shown_xml)
-        self.checkpoints = Fresh(self._list_checkpoints)
+        self.checkpoints = Fresh(self.job.checkpoints.all)
 
     async def _shown_xml(self) -> str:
         return domainxml.strip_secrets(await self.job.domain.live_xml())
-
-    async def _list_checkpoints(self) -> dict[str, str]:
-        listed = await self.job.domain.checkpoints()
-        return {name: xml for name, xml in listed.items() if domainxml.file_name(name) is not None}
 
     @property
     def now(self) -> int:

@@ -11,16 +11,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from backupfs.checkpoints import Base
 from backupfs.errors import NoSuchFile, PointLost, PointOver
 from backupfs.export import Export, resolve
 from backupfs.forms import Form
-from backupfs.image import Image
 from backupfs.holders import Lease
+from backupfs.image import Image
 from backupfs.mounted import Mounted
 from backupfs.nodes import Attributes, Buffer, Node, OpenBytes, OpenFile, OpenFolder
 from backupfs.point import Point
 
 POINT_VALID: Final = 3600.0  # nothing in a point changes; another point has another inode
+
+
+def check_generation(tree: Mounted, generation: int) -> None:
+    """Raise PointOver unless the folder's point is the one of now, or the next to begin."""
+    job = tree.job
+    if generation != job.generation:
+        job.touch_if_lost()
+        raise PointOver(job.domain.name, job.record.last_instant)
+
+
+async def look(tree: Mounted, generation: int) -> Point:
+    """Look inside a folder that carries *generation*, which begins the point; raise PointOver if it is over."""
+    check_generation(tree, generation)
+    point = await tree.job.look()
+    check_generation(tree, generation)  # the wait may have been for the end of the one and the begin of the next
+    return point
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +52,14 @@ class PointFolder:
     def path(self) -> str:
         return f"/{self.form}"
 
-    def _check(self) -> None:
-        job = self.tree.job
-        if self.generation != job.generation:
-            job.touch_if_lost()
-            raise PointOver(job.domain.name, job.record.last_instant)
-
     async def _look(self) -> tuple[Point, Form[Export]]:
-        self._check()
-        point = await self.tree.job.look()
-        self._check()  # the wait may have been for the end of the one and the begin of the next
+        point = await look(self.tree, self.generation)
         form = await point.forms.get(self.form)
-        self._check()  # the point may have ended while its form was made
+        check_generation(self.tree, self.generation)  # the point may have ended while its form was made
         return point, form
 
     async def attributes(self) -> Attributes:
-        self._check()
+        check_generation(self.tree, self.generation)
         point = self.tree.job.point
         time = point.instant if point is not None else self.tree.now
         return Attributes(0, time, links=2, generation=self.generation)
@@ -77,7 +86,8 @@ class PointFolder:
             (name, PointFile(self.tree, point, f"{self.path}/{name}", data)) for name, data in form.files.items()
         ]
         for name, disk in form.images.items():
-            entries.append((name, PointImage(self.tree, point, f"{self.path}/{name}", disk.target, disk.image)))
+            path, time = f"{self.path}/{name}", point.newest[disk.target]
+            entries.append((name, PointImage(self.tree, point, path, disk.target, disk.image, time)))
         return entries
 
 
@@ -123,26 +133,34 @@ class PointFile:
 
 @dataclass(frozen=True, slots=True)
 class PointImage:
-    """A whole disk of the point in time, in one form."""
+    """A disk of the point in time in one form, whole or what changed in it; *time* is its label.
+
+    Where it tells of a *base*, it is what changed since that instant.
+    """
 
     tree: Mounted
     point: Point
     path: str
     target: str
     image: Image[Export]
+    time: int
+    base: Base | None = None
 
     async def attributes(self) -> Attributes:
         check_point(self.tree, self.point)
         return Attributes(
             self.image.size,
-            self.point.instant,
+            self.time,
             allocated=self.image.allocated,
             generation=self.point.generation,
             valid=POINT_VALID,
         )
 
     def xattrs(self) -> Mapping[str, str]:
-        return {**self.tree.xattrs(), **instant_xattrs(self.point), "disk": self.target}
+        told = {**self.tree.xattrs(), **instant_xattrs(self.point), "disk": self.target}
+        if self.base is not None:
+            told |= {"checkpoint": self.base.name, "from": str(self.base.instant), "to": str(self.point.instant)}
+        return told
 
     async def open_file(self, pid: int) -> OpenFile:
         check_point(self.tree, self.point)

@@ -21,10 +21,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from backupfs import checkpoints as checkpoints_module
 from backupfs import domainxml, errors
 from backupfs.checkpointtree import Checkpoints
 from backupfs.errors import NoSuchFile
 from backupfs.extents import uniform
+from backupfs.forms import Forms
 from backupfs.image import RawImage
 from backupfs.inodes import Inodes
 from backupfs.logs import LONGEST_LINE, RingLog
@@ -45,10 +47,12 @@ def tree_of(checkpoints: dict[str, str]) -> Mounted:
     async def listed() -> dict[str, str]:
         return checkpoints
 
-    domain = SimpleNamespace(name="d", uuid="u", uri="x", checkpoints=listed)
+    domain: Any = SimpleNamespace(name="d", uuid="u", uri="x", checkpoints=listed)
+    store: Any = SimpleNamespace(checkpoints={})
+    images: dict[str, Any] = {}
     point = SimpleNamespace(
         generation=1, domain="d", instant=7, lost=None, over=False, job_id="j",
-        files={"domain.xml": b"<x/>"}, images={}, exports={},
+        images=images, exports={}, forms=Forms("d", "u", 7, "<domain/>", {}, images, {}),
     )  # fmt: skip
 
     async def look() -> Any:
@@ -58,6 +62,7 @@ def tree_of(checkpoints: dict[str, str]) -> Mounted:
     job: Any = SimpleNamespace(
         domain=domain, point=point, generation=1, state=SimpleNamespace(value="running"), look=look,
         lease=lambda *_a, **_k: lease, touch_if_lost=lambda: None, record=SimpleNamespace(last_instant=7),
+        checkpoints=checkpoints_module.Checkpoints(domain, store),
     )  # fmt: skip
     return Mounted(job, {"log": lambda: b""}, started=1)
 
@@ -65,7 +70,7 @@ def tree_of(checkpoints: dict[str, str]) -> Mounted:
 @given(st.lists(names, max_size=8, unique=True))
 @example(NASTY)
 async def test_no_checkpoint_s_name_leaves_its_folder(told: list[str]) -> None:
-    xml = "<domaincheckpoint><name>x</name><creationTime>5</creationTime></domaincheckpoint>"
+    xml = "<domaincheckpoint><creationTime>5</creationTime></domaincheckpoint>"
     folder = Checkpoints(tree_of(dict.fromkeys(told, xml)))
     entries = (await folder.open(0)).entries
     for name, node in entries:

@@ -14,13 +14,15 @@ import trio
 import trio.testing
 
 from backupfs import job as job_module
+from backupfs.bases import Bases
 from backupfs.errors import DomainNotRunning, NotBegun, PointLost, PointOver
 from backupfs.forms import Forms
 from backupfs.job import QUIET_SECONDS, TRANSITIONS, Event, Job, JobState, open_job
 from backupfs.link import Happening, Kind
-from backupfs.options import Options
+from backupfs.options import BackingName, Options
 from backupfs.point import Point
 from backupfs.quiesce import Quiesced
+from backupfs.tracking import Concluded
 
 
 @dataclass(eq=False)
@@ -48,11 +50,10 @@ class Backend:
     @contextlib.asynccontextmanager
     async def open_point(
         self,
-        domain: Any,
-        record: Any,
-        options: Options,
+        launcher: Any,
+        checkpoints: Any,
         *,
-        keeper: Any,
+        checkpoint: str | None,
         generation: int,
         on_lost: Callable[[str], None],
     ) -> AsyncIterator[Point]:
@@ -66,8 +67,9 @@ class Backend:
         try:
             yield Point(
                 generation=generation, domain=self.name, job_id="j", socket=f"/s{self.begun}", began=time.time(),
-                took=0.0, instant=self.begun, images={},
-                forms=Forms(self.name, "", self.begun, "<domain/>", {}, {}, {}),
+                took=0.0, instant=self.begun, images={}, newest={},
+                forms=Forms(self.name, "", self.begun, "<domain/>", {}, {}, {}), checkpoint=checkpoint,
+                bases=Bases(self.name, "", self.begun, BackingName(), {}, {}, {}, Concluded({}, {})),
                 exports={}, scratches={}, left_out={}, quiesced=self.quiesced,
             )  # fmt: skip
         finally:
@@ -84,7 +86,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 def opened(backend: Backend, **options: Any) -> contextlib.AbstractAsyncContextManager[Job]:
-    return open_job(backend, backend, Options(**options), backend)  # type: ignore[arg-type]
+    return open_job(backend, backend, Options(**options), backend, backend)  # type: ignore[arg-type]
 
 
 async def test_all_who_look_share_one_point(backend: Backend, autojump_clock: Any) -> None:

@@ -127,7 +127,7 @@ def test_a_point_may_not_be_lost_before_it_may_end() -> None:
         ("quiesce=", "is neither auto, require, no, nor a list"),
         ("quiesce=/a:", "nor a list of the guest's mount points, like /srv:/home"),
         ("quiesce=/a\x1b", "nor a list"),
-        ("begin=never", "neither look nor command"),
+        ("begin=never", "neither look, mkdir nor command"),
         ("disks=", "names no disk"),
         ("umask=9", "is not an octal mode"),
         ("umask=1777", "is not an octal mode"),
