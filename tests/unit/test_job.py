@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import trio.testing
 
 from backupfs import job as job_module
 from backupfs.bases import Bases
-from backupfs.errors import DomainNotRunning, NotBegun, PointLost, PointOver
+from backupfs.errors import BadCheckpointName, DomainNotRunning, NotBegun, PointInUse, PointLost, PointOver
 from backupfs.forms import Forms
 from backupfs.job import QUIET_SECONDS, TRANSITIONS, Event, Job, JobState, open_job
 from backupfs.link import Happening, Kind
@@ -359,3 +360,67 @@ async def test_what_the_guard_wants_to_know_changes_nothing_here(backend: Backen
         await trio.testing.wait_all_tasks_blocked()
         assert job.state is JobState.RUNNING
         backend.running = 1
+
+
+@pytest.fixture
+def preflights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of checkpoints that were looked at; what is put in as `error` is raised."""
+    seen: list[str] = []
+
+    async def preflight(launcher: Any, checkpoint: str, checkpoints: Any) -> None:
+        seen.append(checkpoint)
+        if checkpoint == "bad":
+            raise BadCheckpointName("web01", checkpoint, "it is bad")
+
+    monkeypatch.setattr(job_module, "preflight", preflight)
+    return seen
+
+
+async def test_mkdir_ends_the_one_point_and_begins_the_next(
+    backend: Backend, preflights: list[str], autojump_clock: Any
+) -> None:
+    async with opened(backend, begin="mkdir") as job:
+        with pytest.raises(NotBegun, match="mkdir checkpoints/NAME"):
+            await job.look()
+        await job.make_checkpoint("one", pid=os.getpid())
+        first = await job.look()
+        assert first.checkpoint == "one"
+        await job.make_checkpoint("two", pid=os.getpid())
+        assert first.over
+        assert (await job.look()).checkpoint == "two"
+        assert backend.running == 1
+        assert preflights == ["one", "two"]
+
+
+async def test_mkdir_that_cannot_be_leaves_the_point_alone(
+    backend: Backend, preflights: list[str], autojump_clock: Any
+) -> None:
+    async with opened(backend) as job:
+        point = await job.look()
+        with pytest.raises(BadCheckpointName):
+            await job.make_checkpoint("bad", pid=os.getpid())
+        lease = job.lease(point, pid=0)
+        with pytest.raises(PointInUse, match="not known"):
+            await job.make_checkpoint("one", pid=os.getpid())
+        assert await job.look() is point
+        lease.release()
+        await job.make_checkpoint("one", pid=os.getpid())
+        assert point.over
+
+
+@pytest.mark.expects_warning
+async def test_mkdir_is_refused_while_a_lost_point_is_not_forgotten(
+    backend: Backend, preflights: list[str], autojump_clock: Any
+) -> None:
+    async with opened(backend) as job:
+        await job.look()
+        assert backend.on_lost is not None
+        backend.on_lost("gone")
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(PointLost):
+            await job.make_checkpoint("one", pid=os.getpid())
+        await job.release()
+        backend.error = DomainNotRunning("web01", "shut off")
+        with pytest.raises(DomainNotRunning):
+            await job.make_checkpoint("one", pid=os.getpid())
+        assert job.state is JobState.IDLE
