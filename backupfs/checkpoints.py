@@ -17,7 +17,7 @@ import logging
 import secrets
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from backupfs import domainxml
 from backupfs.checkpointxml import name_checkpoint, render_checkpoint, render_redefinition, why_bad_name
@@ -69,15 +69,14 @@ class Checkpoints:
 
     async def live(self) -> dict[str, Base]:
         """Return what libvirt lists, by name."""
-        return {
-            name: Base(domainxml.parse_checkpoint(xml), xml) for name, xml in (await self.domain.checkpoints()).items()
-        }
+        listed = await self.domain.checkpoints()
+        return {name: _base(name, xml) for name, xml in listed.items()}
 
     async def all(self) -> dict[str, Base]:
         """Return all that can have a directory, by name."""
         live = await self.live()
         pruned = {
-            name: Base(domainxml.parse_checkpoint(own.xml), own.xml, pruned=True)
+            name: _base(name, own.xml, pruned=True)
             for name, own in self.store.checkpoints.items()
             if own.pruned and name not in live
         }
@@ -187,6 +186,11 @@ class Checkpoints:
         else:
             log.info("%s: libvirt had lost checkpoint %s; it is redefined", self.domain.name, one.name)
             live.add(one.name)
+
+
+def _base(name: str, xml: str, *, pruned: bool = False) -> Base:
+    # The name that was looked at is the list's; what stands in the XML is not to become a path.
+    return Base(replace(domainxml.parse_checkpoint(xml), name=name), xml, pruned)
 
 
 def new_checkpoint(

@@ -52,7 +52,7 @@ def tree_of(checkpoints: dict[str, str]) -> Mounted:
     images: dict[str, Any] = {}
     point = SimpleNamespace(
         generation=1, domain="d", instant=7, lost=None, over=False, job_id="j",
-        images=images, exports={}, forms=Forms("d", "u", 7, "<domain/>", {}, images, {}),
+        images=images, newest={"vda": 7}, exports={}, forms=Forms("d", "u", 7, "<domain/>", {}, images, {}),
     )  # fmt: skip
 
     async def look() -> Any:
