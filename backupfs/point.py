@@ -163,7 +163,7 @@ async def open_point(
         async with open_freezer(domain, state, options.quiesce) as freezer:
             nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
             restore_xml = await domain.restore_xml()
-            new.reserve(AGENT_SECONDS + LIBVIRT_SECONDS if options.quiesce.is_wanted else 0.0)
+            new.reserve(AGENT_SECONDS + LIBVIRT_SECONDS if freezer.will_freeze else 0.0)
             backup, quiesced = await _begin(stack, freezer, tracking, new)
         began = time.time()
         nvram, nvram_reason = await _settle_nvram(domain, seen.domain.nvram, nvram, nvram_reason)

@@ -160,6 +160,8 @@ def test_mkdir_says_what_is_wrong(disk_guest: Guest, mount: Mounter) -> None:
     mounted = mount(disk_guest)
     folder = mounted.path / "checkpoints"
     make(mounted, "one")
+    assert folder.stat().st_mode & 0o7777 == 0o700
+    assert (folder / "one").stat().st_mode & 0o7777 == 0o500
     refused(errno.EEXIST, folder / "one")
     for name in (".x", "a b", "ä", "x" * 250, "a,b"):
         refused(errno.EINVAL, folder / name)
@@ -273,6 +275,21 @@ def test_metadata_that_libvirt_lost_are_defined_again(disk_guest: Guest, mount: 
     assert disk_guest.libvirt.virsh("checkpoint-dumpxml", disk_guest.uuid, "two") == xml
     assert sorted(os.listdir(mounted.path / "checkpoints")) == ["one", "two"]
     assert blocks_of(mounted.path / "checkpoints/one") == {3, 5}
+    mounted.unmount()
+
+
+def test_pruning_deletes_nobody_else_s(disk_guest: Guest, mount: Mounter) -> None:
+    virsh = disk_guest.libvirt.virsh
+    virsh("checkpoint-create-as", disk_guest.uuid, "foreign", "--diskspec", "vda")
+    mounted = mount(disk_guest, "checkpoint=day,keep=1")
+    for number in range(3):
+        os.listdir(mounted.raw)
+        write(disk_guest, number)
+        mounted.release()
+    assert set(virsh("checkpoint-list", "--name", disk_guest.uuid).split()) == {"foreign", "day-3"}
+    assert blocks_of(mounted.path / "checkpoints/foreign") == {0, 1, 2}
+    for name, wanted in (("day", {0, 1, 2}), ("day-2", {1, 2}), ("day-3", {2})):
+        assert blocks_of(mounted.path / "checkpoints" / name) == wanted
     mounted.unmount()
 
 
