@@ -152,7 +152,8 @@ class Tracking:
         found = await trio.to_thread.run_sync(work)
         await trio.to_thread.run_sync(self.checkpoints.store.save, [one.record for one in found.values()])
         for disk, one in found.items():
-            if one.doubt is not None and self.records.get(disk) is not None:
+            known = self.records.get(disk)
+            if one.doubt is not None and known is not None and known.seen:  # without checkpoints it is always so
                 log.info("%s: all of %s counts as changed: %s", self.launcher.domain.name, disk, one.doubt)
         return Concluded(found, live)
 
