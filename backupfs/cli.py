@@ -41,7 +41,7 @@ examples:
   umount /mnt/web01                             end the backup job
 """
 
-COMMANDS: Final = ("status", "release", "begin")
+COMMANDS: Final = ("status", "release", "begin", "forget")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="backupfs",
         usage="backupfs [-f] [-o OPT,...] SOURCE MOUNTPOINT\n       backupfs status [--json] MOUNTPOINT\n"
-        "       backupfs release MOUNTPOINT\n       backupfs begin MOUNTPOINT",
+        "       backupfs release MOUNTPOINT\n       backupfs begin MOUNTPOINT\n"
+        "       backupfs forget [-o uri=URI] DOMAIN",
         description="Mount a libvirt domain as a directory: its disks as files, as they were at one instant.",
         epilog=f"options (-o):\n{render_option_help()}\n\n{EXIT_STATUS}\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -195,6 +196,8 @@ def _run_child(send: int, serve: Callable[[Callable[[], None]], None]) -> int:
 
 
 def _run_command(words: Sequence[str]) -> int:
+    if words[0] == "forget":
+        return _run_forget(words)
     parser = _Parser(prog=f"backupfs {words[0]}", description=_COMMAND_HELP[words[0]])
     parser.add_argument("mount_point", metavar="MOUNTPOINT", help="where the domain is mounted")
     if words[0] == "status":
@@ -217,7 +220,31 @@ def _run_command(words: Sequence[str]) -> int:
     return 0
 
 
+def _run_forget(words: Sequence[str]) -> int:
+    parser = _Parser(prog="backupfs forget", description=_COMMAND_HELP["forget"])
+    parser.add_argument("source", metavar="DOMAIN", help="its name or UUID; it must not be mounted")
+    parser.add_argument(
+        "-o", dest="options", metavar="uri=URI", action="append", default=[], help="libvirt's connection"
+    )
+    parsed = parser.parse_args(words[1:])
+    options = parse_options(parsed.options)
+    import trio  # noqa: PLC0415
+
+    from backupfs import mount  # noqa: PLC0415
+
+    async def run() -> str:
+        return await mount.forget(parsed.source, options)
+
+    try:
+        print(trio.run(run))
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    return 0
+
+
 _COMMAND_HELP: Final = {
+    "forget": "Throw away what is known of a domain's earlier points in time: all counts as changed then, "
+    "and pruned checkpoints are gone. Libvirt's own are left alone.",
     "status": "Tell what is mounted there and what is going on; begins nothing.",
     "release": "End the point in time; the next look begins another. Open files get EIO.",
     "begin": "Begin a point in time, also with begin=command; do nothing if one runs.",

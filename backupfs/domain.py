@@ -20,6 +20,7 @@ from backupfs import domainxml
 from backupfs.errors import (
     AgentRefused,
     AgentUnavailable,
+    CheckpointUnusable,
     DomainNotRunning,
     JobStuck,
     LibvirtUnavailable,
@@ -250,9 +251,42 @@ class Domain(Link):
 
     # --- deeds -------------------------------------------------------------------------------
 
-    async def begin_backup(self, backup_xml: str) -> None:
-        """Begin a backup job; when it returns, the instant is fixed."""
-        await self._do("begin the backup job", lambda d: d.backupBegin(backup_xml, None, 0))
+    async def begin_backup(self, backup_xml: str, checkpoint_xml: str | None = None) -> None:
+        """Begin a backup job, and with it a checkpoint if one is wanted; when it returns, the instant is fixed.
+
+        Raises CheckpointUnusable where the base of a disk is gone or broken.
+        """
+        action = "begin the backup job"
+        await self._do(action, self._checkpoint(action, lambda d: d.backupBegin(backup_xml, checkpoint_xml, 0)))
+
+    async def delete_checkpoint(self, name: str, *, metadata_only: bool = False) -> None:
+        """Delete a checkpoint with its bitmaps, or have libvirt forget it; raise CheckpointUnusable if it is gone."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY if metadata_only else 0
+        action = f"delete the checkpoint {name}"
+        await self._do(action, self._checkpoint(action, lambda d: d.checkpointLookupByName(name).delete(flags)))
+
+    async def redefine_checkpoint(self, xml: str) -> None:
+        """Tell libvirt of a checkpoint whose bitmaps are there; raise CheckpointUnusable if they are not.
+
+        Of one that libvirt knows so already, only that is seen.
+        """
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
+        action = "redefine a checkpoint"
+        await self._do(action, self._checkpoint(action, lambda d: d.checkpointCreateXML(xml, flags)))
+
+    def _checkpoint(self, action: str, what: Callable[[Any], T]) -> Callable[[Any], T]:
+        def call(d: Any) -> T:
+            try:
+                return what(d)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() in (
+                    libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT,
+                    libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT,
+                ):
+                    raise CheckpointUnusable(self.name, action, sentence(error)) from error
+                raise
+
+        return call
 
     async def abort_backup(self, socket: str) -> bool:
         """End the backup job that serves on *socket*; False if another job runs, or none.

@@ -442,9 +442,18 @@ def scratch_path(disk: Disk, job_id: str, folder: str | None, domain: str) -> st
 
 
 def render_backup(
-    disks: tuple[Disk, ...], taking: tuple[Disk, ...], *, socket: str, scratches: Mapping[str, str]
+    disks: tuple[Disk, ...],
+    taking: tuple[Disk, ...],
+    *,
+    socket: str,
+    scratches: Mapping[str, str],
+    bases: Mapping[str, str] | None = None,
+    bitmap: str = "",
 ) -> str:
     """Write a pull-mode job's XML.
+
+    *bases* are the checkpoints that changes are counted from, by target; over NBD each disk's is
+    called *bitmap*.
 
     Every disk is named, also those that take no part: one that is not makes libvirt guess. The
     old blocks of an encrypted disk reach QEMU in the clear: their scratch file is encrypted with
@@ -458,6 +467,11 @@ def render_backup(
             ET.SubElement(listed, "disk", name=disk.target, backup="no")
             continue
         element = ET.SubElement(listed, "disk", name=disk.target, backup="yes", type="file", exportname=disk.target)
+        if base := (bases or {}).get(disk.target):
+            for key, value in (("backupmode", "incremental"), ("incremental", base), ("exportbitmap", bitmap)):
+                element.set(key, value)
+        else:
+            element.set("backupmode", "full")
         ET.SubElement(element, "driver", type="qcow2")
         scratch = ET.SubElement(element, "scratch", file=scratches[disk.target])
         if disk.encrypted:

@@ -269,6 +269,81 @@ class ScratchUnusable(BackupfsError):
         return f"{self.domain}: QEMU cannot save old blocks in {self.folder}: {self.reason}; {self.cure}"
 
 
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class CheckpointUnusable(LibvirtRefused):
+    """A checkpoint is gone, or its bitmap is gone or broken."""
+
+
+@dataclass(eq=False)
+class CheckpointExists(BackupfsError):
+    """There is a checkpoint of that name."""
+
+    errno: ClassVar[int] = errno.EEXIST
+    domain: str
+    checkpoint: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: there is a checkpoint {self.checkpoint} already"
+
+
+@dataclass(eq=False)
+class BadCheckpointName(BackupfsError):
+    """Libvirt has no checkpoint of that name."""
+
+    errno: ClassVar[int] = errno.EINVAL
+    domain: str
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: no checkpoint can be called {self.name!a}: {self.reason}"
+
+
+@dataclass(eq=False)
+class NoBitmap(BackupfsError):
+    """No disk of the domain can hold a checkpoint's bitmap."""
+
+    errno: ClassVar[int] = errno.EOPNOTSUPP
+    domain: str
+    reasons: str
+
+    def __str__(self) -> str:
+        return f"{self.domain}: no checkpoint can be made, for no disk can hold its bitmap: {self.reasons}"
+
+
+@dataclass(eq=False)
+class PointInUse(BackupfsError):
+    """Another process uses the point in time that would have to end."""
+
+    errno: ClassVar[int] = errno.EBUSY
+    domain: str
+    instant: int
+    holders: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.domain}: the point in time {self.instant} is in use by {self.holders};"
+            " wait for it, or run `backupfs release MOUNTPOINT`"
+        )
+
+
+@dataclass(eq=False)
+class BaseForgotten(BackupfsError):
+    """What changed since a pruned checkpoint is not known any more."""
+
+    domain: str
+    checkpoint: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.domain}: checkpoint {self.checkpoint} was pruned, and the history that could tell what has changed"
+            f" since is lost or in doubt; rmdir it, and make a full copy"
+        )
+
+
 # --- the point in time -------------------------------------------------------------------------
 
 
@@ -322,7 +397,7 @@ class NotThawed(BackupfsError):
 
 @dataclass(eq=False)
 class NotBegun(BackupfsError):
-    """With `begin=command` only a command begins a point in time."""
+    """With `begin=command` or `begin=mkdir` a look begins no point in time."""
 
     domain: str
     cure: str

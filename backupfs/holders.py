@@ -34,6 +34,7 @@ class Lease:
 
     point: Point
     _holders: Holders
+    pid: int = 0  # of the process that opened it; 0: not known
     _released: bool = False
 
     def check(self) -> None:
@@ -76,9 +77,9 @@ class Holders:
         """Whether a file is open, or a process that opened one still lives."""
         return bool(self._leases or self._pidfds)
 
-    def lease(self, point: Point) -> Lease:
-        """Claim *point*; raise PointLost or PointOver."""
-        lease = Lease(point, self)
+    def lease(self, point: Point, tid: int = 0) -> Lease:
+        """Claim *point* on behalf of the thread *tid*; raise PointLost or PointOver."""
+        lease = Lease(point, self, thread_group(tid) if tid > 0 else 0)
         lease.check()
         self._leases.add(lease)
         return lease
@@ -137,6 +138,20 @@ class Holders:
                 await self._less.wait()
         return self.is_held
 
+    async def others(self, point: Point, tid: int) -> str:
+        """Say who else than the thread *tid* holds *point*, after a moment for news on its way; empty: nobody."""
+        own = _ancestry(tid)
+
+        def found() -> list[int]:
+            # An ancestor that only lives on is the script that *tid* is run by; with a file open, it is a reader.
+            open_files = {lease.pid for lease in self._leases if lease.point is point and lease.pid != own[0]}
+            return sorted(open_files | (set(self._pidfds) - set(own)))
+
+        with trio.move_on_after(GRACE_SECONDS):
+            while found():
+                await self._less.wait()
+        return ", ".join(f"process {pid}" if pid > 0 else "a process that is not known" for pid in found())
+
     async def wait_no_open_files(self) -> None:
         """Wait until nobody has a file of a point open."""
         while self._leases:
@@ -158,3 +173,15 @@ def thread_group(tid: int) -> int:
     except OSError:
         pass  # gone already: then no process holds anything
     return tid
+
+
+def _ancestry(tid: int) -> list[int]:
+    """Return the process that the thread *tid* belongs to, its parent, and so on."""
+    found = [thread_group(tid)]
+    try:
+        while found[-1] > 1:
+            with open(f"/proc/{found[-1]}/stat", encoding="utf-8", errors="replace") as file:
+                found.append(int(file.read().rpartition(")")[2].split()[1]))
+    except (OSError, ValueError):
+        pass  # gone meanwhile
+    return found

@@ -14,6 +14,7 @@ from typing import Final
 
 from backupfs.history import ImageIdentity
 
+_QCOW2: Final = b"QFI\xfb"
 _AT_FDCWD: Final = -100
 _STATX_INO: Final = 0x100
 _STATX_BTIME: Final = 0x800
@@ -65,3 +66,16 @@ def identify_image(path: str) -> ImageIdentity | None:
     born = found.mask & _STATX_BTIME  # not every file system keeps it
     birth = max(0, found.birth.seconds * 10**9 + found.birth.nanoseconds) if born else 0
     return ImageIdentity(os.makedev(found.dev_major, found.dev_minor), found.inode, birth)
+
+
+def qcow2_version(path: str) -> int | None:
+    """Return the version of the qcow2 image at *path*; None where it cannot be read, or is none.
+
+    The first bytes never change while QEMU has it open.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except OSError:
+        return None
+    return int.from_bytes(head[4:], "big") if head[:4] == _QCOW2 and len(head) == 8 else None

@@ -32,15 +32,17 @@ from typing import Final
 
 import trio
 
+from backupfs.checkpoints import Checkpoints
 from backupfs.domain import Domain
 from backupfs.domainxml import Reason, parse_backup
-from backupfs.errors import BackupfsError, NotBegun, PointLost
+from backupfs.errors import BackupfsError, NotBegun, PointInUse, PointLost
 from backupfs.holders import Holders, Lease
 from backupfs.keeper import Keeper
+from backupfs.launch import Launcher
 from backupfs.leftover import ABORT_SECONDS, GONE_SECONDS
 from backupfs.link import Happening, Kind
 from backupfs.options import Options
-from backupfs.point import Point, open_point
+from backupfs.point import Point, open_point, preflight
 from backupfs.state import State
 
 log = logging.getLogger("backupfs.job")
@@ -89,6 +91,7 @@ class Job:
     record: State
     options: Options
     keeper: Keeper
+    checkpoints: Checkpoints
     state: JobState = JobState.IDLE
     generation: int = 1
     point: Point | None = None
@@ -106,6 +109,7 @@ class Job:
     _unquiesced: str | None = None
     _ended_by_guard: tuple[str, str] | None = None  # the latest job that it ended, and why
     _closing: bool = False
+    _making: trio.Lock = field(default_factory=trio.Lock)
 
     def __post_init__(self) -> None:
         self.holders = Holders(self.touch, self._reconsider)
@@ -127,8 +131,12 @@ class Job:
                 self.touch()
                 raise PointLost(self.domain.name, self.lost or "the backup job ended")
             if self.state is JobState.IDLE:
-                if self.options.begin == "command":
-                    raise NotBegun(self.domain.name, "run `backupfs begin MOUNTPOINT`")
+                if self.options.begin != "look":
+                    cure = "run `backupfs begin MOUNTPOINT`"
+                    raise NotBegun(
+                        self.domain.name,
+                        f"mkdir checkpoints/NAME, or {cure}" if self.options.begin == "mkdir" else cure,
+                    )
                 self._want()
             await self._wait_settled()
         self.touch()
@@ -147,6 +155,29 @@ class Job:
             await self._wait_settled()
         assert self.point is not None
         return self.point
+
+    async def make_checkpoint(self, name: str, pid: int) -> None:
+        """Make a checkpoint, and with it a new point in time, which takes the place of the one that is held.
+
+        The new one is looked at before the old one is ended, on behalf of the process *pid*. Raises
+        PointInUse while another process uses the old one, and what `preflight` and `open_point` raise.
+        """
+        async with self._making:
+            while self.state in (JobState.STARTING, JobState.STOPPING):
+                await self._wait_settled()
+            if self.state is JobState.LOST:
+                self.touch()
+                raise PointLost(self.domain.name, self.lost or "the backup job ended")
+            await preflight(self.launcher, name, self.checkpoints)
+            if self.point is not None and (others := await self.holders.others(self.point, pid)):
+                raise PointInUse(self.domain.name, self.point.instant, others)
+            if self.state is JobState.RUNNING:
+                self._end(f"checkpoint {name} is to be made")
+                await self._wait_settled(ABORT_SECONDS + GONE_SECONDS)
+            if self.state is not JobState.IDLE:  # somebody else's look has begun one meanwhile
+                raise PointInUse(self.domain.name, self.record.last_instant, "another process")
+            self._want(name)
+            await self._wait_settled()
 
     async def release(self) -> int:
         """End the point in time, or forget the lost one; return how many open files it cut off."""
@@ -168,7 +199,7 @@ class Job:
 
     def lease(self, point: Point, pid: int) -> Lease:
         """Claim *point* for a file that the process *pid* opens."""
-        lease = self.holders.lease(point)
+        lease = self.holders.lease(point, pid)
         if self._nursery is not None:
             self.holders.add(pid, self._nursery)
         return lease
@@ -192,7 +223,12 @@ class Job:
             self.lost = None
             self.generation += 1
 
-    def _want(self) -> None:
+    @property
+    def launcher(self) -> Launcher:
+        """What begins jobs."""
+        return Launcher(self.domain, self.record, self.options, self.keeper)
+
+    def _want(self, checkpoint: str | None = None) -> None:
         if self._closing or self._nursery is None:
             raise PointLost(self.domain.name, "the file system is being unmounted")
         self._fire(Event.WANTED)
@@ -200,7 +236,7 @@ class Job:
         self._end_wanted = trio.Event()
         self._error = None
         self._ended_by_guard = None
-        self._nursery.start_soon(self._live)
+        self._nursery.start_soon(self._live, checkpoint)
 
     async def _wait_settled(self, patience: float = 0.0) -> None:
         """Wait until the job is neither starting nor stopping; raise what a start has met.
@@ -218,14 +254,13 @@ class Job:
             return
         raise PointLost(self.domain.name, f"the backup job is still {self.state.value} after {patience:g} s")
 
-    async def _live(self) -> None:
-        """Live through one point in time, from the first look to the job's end."""
+    async def _live(self, checkpoint: str | None) -> None:
+        """Live through one point in time, from the first look to the job's end; a *checkpoint* may be made with it."""
         try:
             async with open_point(
-                self.domain,
-                self.record,
-                self.options,
-                keeper=self.keeper,
+                self.launcher,
+                self.checkpoints,
+                checkpoint=checkpoint,
                 generation=self.generation,
                 on_lost=self._lose,
             ) as point:
@@ -236,9 +271,10 @@ class Job:
                 self._fire(Event.BEGAN)
                 self._settled.set()
                 log.info(
-                    "%s: point in time %d begins (job %s, made in %.0f ms; %s)",
+                    "%s: point in time %d begins%s (job %s, made in %.0f ms; %s)",
                     self.domain.name,
                     point.instant,
+                    f", with checkpoint {point.checkpoint}" if point.checkpoint else "",
                     point.job_id,
                     point.took * 1000,
                     point.quiesced,
@@ -413,9 +449,11 @@ class Job:
 
 
 @contextlib.asynccontextmanager
-async def open_job(domain: Domain, record: State, options: Options, keeper: Keeper) -> AsyncIterator[Job]:
+async def open_job(
+    domain: Domain, record: State, options: Options, keeper: Keeper, checkpoints: Checkpoints
+) -> AsyncIterator[Job]:
     """Watch over the domain's backup job; on the way out, end it."""
-    job = Job(domain, record, options, keeper)
+    job = Job(domain, record, options, keeper, checkpoints)
     job._settled.set()
     keeper.on_lost = job.end_by_guard
     async with trio.open_nursery() as nursery:

@@ -28,6 +28,7 @@ import pyfuse3
 import trio
 
 from backupfs import mountpoint
+from backupfs.checkpoints import Checkpoints
 from backupfs.control import open_control
 from backupfs.domain import Domain, open_domain
 from backupfs.errors import LibvirtRefused, MountPointError
@@ -35,13 +36,15 @@ from backupfs.job import Job, open_job
 from backupfs.keeper import open_keeper
 from backupfs.leftover import clear_left_over
 from backupfs.logs import RingLog
+from backupfs.mounted import Mounted
 from backupfs.operations import Operations
 from backupfs.options import Options
 from backupfs.point import survey
 from backupfs.report import Reporter
 from backupfs.state import State, open_state
 from backupfs.status import render_json, render_metrics
-from backupfs.tree import Root, Tree
+from backupfs.store import open_store
+from backupfs.tree import Root
 
 log = logging.getLogger("backupfs.mount")
 
@@ -61,9 +64,18 @@ async def serve(source: str, mount_point: str, options: Options, ring: RingLog, 
             foreground = ring.destination == "stderr"
             async with open_keeper(domain, state, options, mount_point=path, foreground=foreground) as keeper:
                 await _check_domain(domain, state, options, path)
-                async with open_job(domain, state, options, keeper) as job:
+                checkpoints = Checkpoints(domain, open_store(state.folder, domain.host_uuid, domain.uuid))
+                async with open_job(domain, state, options, keeper, checkpoints) as job:
                     await _serve_job(job, source, path, options, ring, ready)
         log.info("%s: no longer served; %s", domain.name, "no job is left" if state.job is None else "a job is left")
+
+
+async def forget(source: str, options: Options) -> str:
+    """Throw the history of the domain *source* away; raise DomainInUse while it is mounted."""
+    async with open_domain(source, options.uri, timeout=options.timeout) as domain:
+        with open_state(domain.host_uuid, domain.uuid, domain=domain.name, holder="forget") as state:
+            open_store(state.folder, domain.host_uuid, domain.uuid).forget()
+        return f"{domain.name}: its history is forgotten; everything counts as changed at the next point in time"
 
 
 async def _check_domain(domain: Domain, state: State, options: Options, path: str) -> None:
@@ -84,7 +96,7 @@ async def _serve_job(
 ) -> None:
     control = job.record.folder / "control"
     reporter = Reporter(job, path, str(control), ring.destination)
-    tree = Tree(
+    tree = Mounted(
         job,
         {
             "status.json": lambda: render_json(reporter.snapshot()),

@@ -2,7 +2,7 @@
 """NBD connections, each with a thread of its own: the only module that knows `nbd`.
 
     Wire ──┬── Connection      reads, as drawn below
-           └── nbdmap.MapConnection      asks what is allocated
+           └── nbdstatus.StatusWire      asks what is allocated, or what changed
 
     trio thread                              connection's thread
     Request ──append──► queue ──(eventfd)──► aio_pread ─► poll(NBD socket, eventfd) ─► done

@@ -12,20 +12,20 @@ socket's name is that of one job only; a server that lied is asked no more.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import trio
 
 from backupfs.allocation import CONTEXT, MOST_EXTENTS, Answer, Told, Unbelievable, walk
-from backupfs.errors import BackupfsError, NbdProtocolError, NbdUnavailable
+from backupfs.errors import BackupfsError, NbdProtocolError
 from backupfs.extents import uniform
-from backupfs.nbdclient import Address, Handle, NbdError, Wire
+from backupfs.nbdclient import Address, NbdError
+from backupfs.nbdstatus import StatusWire
 
 log = logging.getLogger("backupfs.nbdmap")
 
@@ -53,16 +53,15 @@ class _Question:
     arrived: Callable[[Told], None]
 
 
-class MapConnection(Wire):
+class MapConnection(StatusWire):
     """Asks for the map of one disk. Close it in any case."""
 
     def __init__(self, address: Address, *, timeout: float, most: int = MOST_EXTENTS) -> None:
-        super().__init__(address, timeout, None)
+        super().__init__(address, CONTEXT, timeout)
         self._most = most
         self._first = First(None, Told(uniform(0), 0, "its map was not asked for"), is_final=True)
         self._opened = trio.Event()
         self._lie: str | None = None  # why the server is asked no more
-        self._handle: Handle | None = None
         self._thread.start()
 
     async def first(self) -> First:
@@ -107,10 +106,6 @@ class MapConnection(Wire):
             else:
                 self._hang_up()  # nothing was asked, so whatever comes is the end
 
-    def _tell(self, call: Callable[[], None]) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(call)
-
     def _begin(self) -> First:
         handle = self._dial()
         size = handle.get_size()
@@ -144,41 +139,3 @@ class MapConnection(Wire):
             self._lie = str(NbdProtocolError(self.address.export, str(error)))
             self._hang_up()
             return Told(uniform(stop - start), 0, self._lie)
-
-    def _put(self, offset: int, length: int, seconds: float) -> list[Answer]:
-        """Put one question; raise BackupfsError, and then the connection is gone if it was at fault."""
-        answers: list[Answer] = []
-
-        def collect(context: str, start: int, entries: list[int], _error: Any) -> int:
-            if len(answers) < 2:  # one is right, two are a lie; no more are kept
-                answers.append(Answer(context, start, entries))
-            return 0
-
-        handle = self._handle or self._dial()
-        try:
-            cookie = handle.aio_block_status(length, offset, collect)
-            self._drive(handle, lambda: len(answers) > 1 or handle.aio_command_completed(cookie), "mapping", seconds)
-        except NbdError as error:
-            if handle.aio_is_dead() or handle.aio_is_closed():
-                self._hang_up()
-            raise NbdUnavailable(self.address.export, str(error)) from None
-        except BackupfsError:
-            self._hang_up()  # the answer may come yet, and would be in the way
-            raise
-        return answers
-
-    def _dial(self) -> Handle:
-        try:
-            handle = self._connect(CONTEXT)
-            self._check(handle)
-        except NbdError as error:
-            raise self._unavailable(str(error)) from None
-        self._handle = handle
-        return handle
-
-    def _hang_up(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            with contextlib.suppress(NbdError):
-                handle.aio_disconnect(0)
-        self._unwatch()

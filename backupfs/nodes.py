@@ -21,6 +21,7 @@ class Attributes:
     """What stat(2) tells of a node; the owner and the modes are the mount's.
 
     `size` and `allocated` are bytes, `time` whole seconds since 1970 (mtime = ctime = atime).
+    Who owns a `writable` folder may make folders in it.
     `generation` is 0 for what belongs to no point in time. `valid` says for how many seconds
     the kernel may answer by itself.
     """
@@ -31,6 +32,7 @@ class Attributes:
     links: int = 1
     generation: int = 0
     valid: float = 0.0
+    writable: bool = False
 
 
 class OpenFile(Protocol):
@@ -71,6 +73,19 @@ class Folder(Protocol):
 
     async def open(self, pid: int) -> OpenFolder:
         """List the folder."""
+        ...
+
+
+@runtime_checkable
+class Shelf(Folder, Protocol):
+    """A directory in which others can be made, and removed."""
+
+    async def make(self, name: str, pid: int) -> Node:
+        """Make the directory *name*, on behalf of the process *pid*."""
+        ...
+
+    async def remove(self, name: str) -> None:
+        """Remove the directory *name*; raise NoSuchFile."""
         ...
 
 

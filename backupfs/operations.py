@@ -24,7 +24,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from backupfs.errors import BackupfsError, NoSuchFile, PointLost, PointOver, ReadOnly
 from backupfs.inodes import Inodes
-from backupfs.nodes import Attributes, Buffer, Folder, Node, OpenFile, OpenFolder
+from backupfs.nodes import Attributes, Buffer, Folder, Node, OpenFile, OpenFolder, Shelf
 
 log = logging.getLogger("backupfs.operations")
 
@@ -126,7 +126,8 @@ class Operations(pyfuse3.Operations):
         # Every walk along a path must ask again: the same name may be of another point by now.
         entry.entry_timeout = 0
         entry.attr_timeout = attributes.valid
-        entry.st_mode = self._folder_mode if isinstance(node, Folder) else self._file_mode
+        mode = self._folder_mode if isinstance(node, Folder) else self._file_mode
+        entry.st_mode = mode | stat.S_IWUSR if attributes.writable else mode
         entry.st_nlink = attributes.links
         entry.st_uid, entry.st_gid = self._owner
         entry.st_size = attributes.size
@@ -176,6 +177,38 @@ class Operations(pyfuse3.Operations):
 
     async def releasedir(self, fh: int) -> None:
         self._folders.pop(fh)[1].close()
+
+    @answered
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        shelf = self._shelf(parent_inode)
+        node = await shelf.make(os.fsdecode(name), ctx.pid)
+        attributes = await self._attributes(node)
+        self.inodes.remember(node)
+        return attributes
+
+    @answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._shelf(parent_inode).remove(os.fsdecode(name))
+
+    @answered
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        self._shelf(parent_inode_old)
+        raise FUSEError(errno.EPERM)  # a checkpoint has one name for good
+
+    def _shelf(self, inode: int) -> Shelf:
+        """Return a folder that can be changed; raise ReadOnly for all others."""
+        folder = self._folder(inode)
+        if not isinstance(folder, Shelf):
+            raise ReadOnly(folder.path)
+        return folder
 
     # --- files -------------------------------------------------------------------------------
 
@@ -245,6 +278,6 @@ class Operations(pyfuse3.Operations):
         raise ReadOnly("the mount")
 
 
-_WRITERS: Final = "setattr mknod mkdir unlink rmdir symlink rename link create write setxattr removexattr"
+_WRITERS: Final = "setattr mknod unlink symlink link create write setxattr removexattr"
 for _writer in _WRITERS.split():
     setattr(Operations, _writer, Operations.refuse)

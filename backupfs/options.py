@@ -18,10 +18,12 @@ import os
 import pwd
 import re
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from backupfs.checkpointxml import LONGEST_CHECKPOINT, why_bad_name
 from backupfs.errors import UsageError
 from backupfs.scratch import Reserve, parse_reserve
 
@@ -51,6 +53,18 @@ class Quiesce:
 
 
 @dataclass(frozen=True, slots=True)
+class BackingName:
+    """What the backing file of an increment is called, and its format: `backing=` and `format=`."""
+
+    template: str = "{disk}.{checkpoint}.qcow2"
+    format: str = "qcow2"
+
+    def name(self, disk: str, checkpoint: str) -> str:
+        """Return the name; `{disk}` and `{checkpoint}` in it stand for theirs."""
+        return self.template.replace("{disk}", disk).replace("{checkpoint}", checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """What one mount was asked to do; times in seconds, 0 meaning never."""
 
@@ -58,6 +72,9 @@ class Options:
     disks: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     begin: str = "look"
+    checkpoint: str | None = None
+    keep: int | None = None
+    backing: BackingName = field(default_factory=BackingName)
     quiesce: Quiesce = field(default_factory=Quiesce)
     idle: float = 900.0
     idle_max: float = 12 * 3600.0
@@ -156,8 +173,35 @@ def _connections(text: str) -> int:
 
 
 def _begin(text: str) -> str:
-    if text not in ("look", "command"):
-        raise ValueError("is neither look nor command")
+    if text not in ("look", "mkdir", "command"):
+        raise ValueError("is neither look, mkdir nor command")
+    return text
+
+
+def _checkpoint(text: str) -> str | None:
+    if text == "none":
+        return None
+    if (why := why_bad_name(time.strftime(text))) is not None:
+        raise ValueError(f"makes no name for a checkpoint: {why}")
+    return text
+
+
+def _keep(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise ValueError("is not a number from 1 to 9999")
+    return int(text)
+
+
+def _backing(text: str) -> BackingName:
+    made = BackingName(text)
+    if not text or not text.isprintable() or len(made.name("x" * 100, "x" * LONGEST_CHECKPOINT).encode()) > 1023:
+        raise ValueError("is empty, too long, or has unprintable characters")
+    return made
+
+
+def _format(text: str) -> str:
+    if text not in ("qcow2", "raw"):
+        raise ValueError("is neither qcow2 nor raw")
     return text
 
 
@@ -213,10 +257,26 @@ OPTIONS: Final = (
     Word("exclude", "NAME[:NAME...]", "all disks but these", "none", _names),
     Word(
         "begin",
-        "look|command",
-        "what begins a point in time: the first look inside raw/, or only `backupfs begin`",
+        "look|mkdir|command",
+        "what begins a point in time: the first look inside raw/, or only `mkdir checkpoints/NAME`, "
+        "or only `backupfs begin`, which does it in any case",
         "look",
         _begin,
+    ),
+    Word(
+        "checkpoint",
+        "TEMPLATE|none",
+        "make a checkpoint whenever a point in time begins, called so, as strftime(3) has it",
+        "none",
+        _checkpoint,
+    ),
+    Word("keep", "N", "prune all but the newest checkpoints of our own at each begin", "all are kept", _keep),
+    Word(
+        "backing",
+        "NAME[,format=raw]",
+        "what an increment's backing file is called; {disk} and {checkpoint} stand for their names",
+        "{disk}.{checkpoint}.qcow2, and qcow2",
+        _backing,
     ),
     Word(
         "quiesce",
@@ -318,6 +378,9 @@ def parse_options(texts: str | Iterable[str]) -> Options:
             values[listing] = tuple(dict.fromkeys((*values[listing], *_value(listing, word))))
             continue
         listing = None
+        if name == "format" and "backing" in values and equals:  # it goes on after a comma, as QEMU's own words do
+            values["backing"] = replace(values["backing"], format=_value_of(name, value, _format))
+            continue
         kernel.discard(_TAKES_BACK.get(word, ""))
         if word in KERNEL:
             kernel.add(word)
@@ -344,8 +407,12 @@ def _value(name: str, value: str | None) -> Any:
         return True
     if value is None:
         raise UsageError(f"option {name} needs a value: {name}={word.metavar}")
+    return _value_of(name, value, word.parse)
+
+
+def _value_of(name: str, value: str, parse: Callable[[str], Any]) -> Any:
     try:
-        return word.parse(value)
+        return parse(value)
     except ValueError as error:
         raise UsageError(f"option {name}={ascii(value)[1:-1]}: {error}") from None
 

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One point in time: a backup job, its exports, and what a restore needs besides the disks.
 
-    clear left-overs ─► survey ─► scratch room ─► probe the agent ─► nvram ─► record ─► watchdog
-      ─► freeze ─► backupBegin ─► thaw ─► connect NBD ─► extent maps ─► label ─► serve
-                        │
-                        └─► end: close NBD                        in reverse, whatever happened on the way:
-                      └─► abort the job ─► wait until libvirt has ended it ─► remove socket and scratch
+    clear left-overs ─► survey ─► scratch room ─► older bitmaps ─► probe the agent ─► nvram
+      ─► launch: freeze ─► backupBegin ─► thaw ─► connect NBD ─► extent maps, bitmaps ─► label
+      ─► records written ─► serve ─► close NBD ─► end the job
 
-Law: the job's record is on disk before the job begins and goes only after the job is gone, so
-whatever kills this process, the next mount knows which job is ours. A job that is not in the
-record is never touched.
+The job itself is begun and ended in `launch`; what changed since earlier ones is found in `tracking`.
 """
 
 from __future__ import annotations
@@ -18,52 +14,46 @@ import contextlib
 import functools
 import logging
 import math
-import os
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import trio
 
 from backupfs import domainxml
+from backupfs.bases import Bases
+from backupfs.checkpoints import Checkpoints, new_checkpoint
 from backupfs.domain import Domain
 from backupfs.errors import (
     BackupfsError,
+    CheckpointUnusable,
     DomainNotRunning,
     ForeignJob,
     LibvirtRefused,
     LibvirtUnavailable,
+    NoBitmap,
 )
 from backupfs.export import Export, open_export
 from backupfs.forms import Forms
 from backupfs.image import RawImage
-from backupfs.keeper import Keeper
-from backupfs.leftover import clear_left_over, end_job
+from backupfs.launch import Backup, Launcher, Survey
+from backupfs.leftover import clear_left_over
+from backupfs.lineage import Mark
 from backupfs.link import in_thread
 from backupfs.nbdclient import Address
 from backupfs.options import Options
 from backupfs.preflight import check_scratch
-from backupfs.quiesce import Quiesced, open_freezer
+from backupfs.quiesce import AGENT_SECONDS, LIBVIRT_SECONDS, Freezer, Quiesced, open_freezer
 from backupfs.rate import Bucket
-from backupfs.state import JobRecord, State, next_instant
+from backupfs.state import next_instant
+from backupfs.tracking import Tracking, look_for_bitmap, track
 from backupfs.window import BLOCK
 
 log = logging.getLogger("backupfs.point")
 
-LONGEST_SOCKET_PATH: Final = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
+HEADROOM_SECONDS: Final = 0.5  # from the choice of a label to the end of the begin, which takes 60 ms
 NVRAM_ATTEMPTS: Final = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What the domain has and what of it takes part; made before anything begins."""
-
-    domain: domainxml.DomainFacts
-    disks: tuple[domainxml.Disk, ...]
-    selection: domainxml.Selection
 
 
 @dataclass(eq=False)
@@ -83,10 +73,13 @@ class Point:
     took: float
     instant: int
     images: Mapping[str, RawImage[Export]]  # the disks, by target
+    newest: Mapping[str, int]  # the label of each, which its whole images have as their time
     forms: Forms[Export]
+    bases: Bases[Export]
     exports: Mapping[str, Export]
     scratches: Mapping[str, str]
     left_out: Mapping[str, domainxml.Reason]
+    checkpoint: str | None = None  # the one that was made with it
     quiesced: Quiesced = field(default_factory=Quiesced)
     over: bool = False
     lost: str | None = field(default=None)
@@ -106,82 +99,84 @@ async def survey(domain: Domain, options: Options) -> Survey:
     return Survey(domainxml.parse_domain(xml), disks, selection)
 
 
-@contextlib.asynccontextmanager
-async def open_point(
-    domain: Domain,
-    state: State,
-    options: Options,
-    *,
-    keeper: Keeper,
-    generation: int,
-    on_lost: Callable[[str], None],
-) -> AsyncIterator[Point]:
-    """Begin a point in time and serve it; end its job on the way out.
+async def preflight(launcher: Launcher, checkpoint: str | None, checkpoints: Checkpoints) -> Survey:
+    """See whether a point could begin, as far as can be seen while another of ours is held.
 
-    *on_lost* is called, in the trio thread, with the reason when the exports are found dead.
-    Raises DomainNotRunning, ForeignJob, DiskUnusable, ScratchFull, ScratchUnusable, WatchdogGone, NotQuiesced,
-    LibvirtRefused and what NBD can raise.
+    Raises DomainNotRunning, DiskUnusable, LibvirtRefused, ScratchFull, ScratchUnusable; for a
+    *checkpoint* that is to be made, BadCheckpointName, CheckpointExists, NoBitmap.
     """
-    started = trio.current_time()
+    domain, options = launcher.domain, launcher.options
     if not await domain.is_alive():
         raise DomainNotRunning(domain.name, await domain.state())
-    await clear_left_over(domain, state)
-    if (job := await domain.job_statistics()) is not None:
-        raise ForeignJob(domain.name, f"a {job.operation} job")
     seen = await survey(domain, options)
-    if not seen.selection.taking:
+    taking = seen.selection.taking
+    if not taking:
         raise LibvirtRefused(domain.name, "begin a backup", "no disk of the domain can take part")
-
-    if (other := await domain.block_job([disk.target for disk in seen.selection.taking])) is not None:
-        raise ForeignJob(domain.name, other)
-
-    job_id = secrets.token_hex(8)
-    scratches = {
-        disk.target: domainxml.scratch_path(disk, job_id, options.scratch, domain.name)
-        for disk in seen.selection.taking
-    }
     await in_thread(
         functools.partial(
             check_scratch,
-            {os.path.dirname(path) for path in scratches.values()},
+            launcher.scratch_folders(taking),
             options.scratch_reserve,
             domain=domain.name,
             uuid=domain.uuid,
             uri=domain.uri,
         )
     )
-    socket = _socket_path(domain, state, seen.domain, job_id)
-    record = JobRecord(
-        job_id=job_id,
-        socket=socket,
-        scratches=tuple(scratches.values()),
-        domain_id=seen.domain.id,
-        began=time.time(),
-    )
-    backup_xml = domainxml.render_backup(seen.disks, seen.selection.taking, socket=socket, scratches=scratches)
+    if checkpoint is not None:
+        await checkpoints.check_name(checkpoint)
+        why_not = {disk.target: look_for_bitmap(disk, domain.is_local) for disk in taking}
+        if None not in why_not.values():
+            reasons = "; ".join(f"{target}: {reason.text}" for target, reason in why_not.items() if reason is not None)
+            raise NoBitmap(domain.name, reasons)
+    return seen
+
+
+@contextlib.asynccontextmanager
+async def open_point(
+    launcher: Launcher,
+    checkpoints: Checkpoints,
+    *,
+    checkpoint: str | None,
+    generation: int,
+    on_lost: Callable[[str], None],
+) -> AsyncIterator[Point]:
+    """Begin a point in time and serve it; end its job on the way out.
+
+    *checkpoint* is the name of one to be made with it. *on_lost* is called, in the trio thread, with the reason
+    when the exports are found dead. Raises what `preflight` raises, ForeignJob, WatchdogGone, NotQuiesced,
+    LibvirtRefused, StateFolderError and what NBD can raise.
+    """
+    started = trio.current_time()
+    domain, state, options = launcher.domain, launcher.state, launcher.options
+    if not await domain.is_alive():
+        raise DomainNotRunning(domain.name, await domain.state())
+    await clear_left_over(domain, state)
+    if (job := await domain.job_statistics()) is not None:
+        raise ForeignJob(domain.name, f"a {job.operation} job")
+    seen = await preflight(launcher, checkpoint, checkpoints)
+    if (other := await domain.block_job([disk.target for disk in seen.selection.taking])) is not None:
+        raise ForeignJob(domain.name, other)
+    tracking = await track(launcher, checkpoints, seen)
+    new = await _plan_checkpoint(tracking, checkpoint)
     async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(new.discard)
         async with open_freezer(domain, state, options.quiesce) as freezer:
             nvram, nvram_reason = await _read_nvram(domain, seen.domain.nvram)
             restore_xml = await domain.restore_xml()
-            state.record_job(record)
-            stack.callback(keeper.ended)
-            stack.push_async_callback(end_job, domain, state, record)
-            await keeper.begin(record)
-            log.debug("%s: a backup job begins, on %s", domain.name, socket)
-            quiesced = await freezer.begin(lambda: domain.begin_backup(backup_xml))
-        keeper.began()
+            new.reserve(AGENT_SECONDS + LIBVIRT_SECONDS if freezer.will_freeze else 0.0)
+            backup, quiesced = await _begin(stack, freezer, tracking, new)
         began = time.time()
         nvram, nvram_reason = await _settle_nvram(domain, seen.domain.nvram, nvram, nvram_reason)
 
         async def allow_reconnect() -> bool:
-            return await _is_ours(domain, socket, on_lost)
+            return await _is_ours(domain, backup.socket, on_lost)
 
         bucket = Bucket(options.rate, BLOCK) if options.rate is not None else None
         exports: dict[str, Export] = {}
         for disk in seen.selection.taking:
             exports[disk.target] = await stack.enter_async_context(
                 open_export(
-                    Address(socket, disk.target),
+                    Address(backup.socket, disk.target),
                     connections=options.connections,
                     timeout=options.timeout,
                     allow_reconnect=allow_reconnect,
@@ -190,6 +185,9 @@ async def open_point(
             )
         if bucket is not None:
             stack.callback(bucket.close)
+        instant = new.label(began)
+        sizes = {target: export.size for target, export in exports.items()}
+        concluded = await tracking.conclude(backup, sizes, instant, new.mark)
         files = {}
         left_out = dict(seen.selection.left_out)
         if nvram is not None:
@@ -199,42 +197,124 @@ async def open_point(
         images = {target: RawImage(export, export.extents) for target, export in exports.items()}
         maps = {target: export.extents for target, export in exports.items()}
         took = trio.current_time() - started
-        instant = await _label(domain.name, state)
+        await _wait_until(domain.name, instant)
+        new.is_served = True
+        if options.keep is not None:
+            await checkpoints.prune(options.keep)
         yield Point(
             generation=generation,
             domain=domain.name,
-            job_id=job_id,
-            socket=socket,
+            job_id=backup.job_id,
+            socket=backup.socket,
             began=began,
             took=took,
             instant=instant,
+            checkpoint=new.name,
             images=images,
+            newest={target: one.record.labels.newest for target, one in concluded.disks.items()},
             forms=Forms(domain.name, domain.uuid, instant, restore_xml, files, images, maps),
+            bases=Bases(domain.name, domain.uuid, instant, options.backing, images, maps, tracking.why_not, concluded),
             exports=exports,
-            scratches=scratches,
+            scratches=backup.scratches,
             left_out=left_out,
             quiesced=quiesced,
         )
 
 
-async def _label(domain: str, state: State) -> int:
-    """Give the point its label, durably, and wait until the clock has reached it.
+async def _begin(
+    stack: contextlib.AsyncExitStack, freezer: Freezer, tracking: Tracking, new: NewCheckpoint
+) -> tuple[Backup, Quiesced]:
+    """Begin the real job, anew without a base that libvirt refuses."""
+    launcher, seen = tracking.launcher, tracking.seen
+    quiesced = Quiesced()
 
-    The label is taken after the job began, so nothing in the point is younger than it says.
-    rsync and its like compare whole seconds, hence two points never share one.
+    async def begin(xml: str) -> None:
+        nonlocal quiesced
+        quiesced = await freezer.begin(lambda: launcher.domain.begin_backup(xml, new.render()))
+
+    while True:
+        job = launcher.open(seen, seen.selection.taking, begin, bases=tracking.bases)
+        try:
+            return await stack.enter_async_context(job), quiesced
+        except CheckpointUnusable as error:
+            await tracking.refuse_bases(error)
+
+
+async def _plan_checkpoint(tracking: Tracking, name: str | None) -> NewCheckpoint:
+    """Say which checkpoint is to be made with the point: *name*, or what `checkpoint=` says, or none."""
+    launcher = tracking.launcher
+    if name is None and (template := launcher.options.checkpoint) is not None:
+        if all(disk.target in tracking.why_not for disk in tracking.seen.selection.taking):
+            log.info("%s: no checkpoint is made: no disk can hold its bitmap", launcher.domain.name)
+        else:
+            name = await tracking.checkpoints.name(template)
+    return NewCheckpoint(tracking, name)
+
+
+@dataclass(eq=False)
+class NewCheckpoint:
+    """The checkpoint to be made with a point, or none (without a *name*), and the point's label.
+
+    Without one the label is taken after the job began, so nothing in the point is younger than it says.
+    The mark of a checkpoint carries it, so then it must be known before. It is taken when nothing but
+    libvirt's call is left, with some headroom for that; to be durable before, without a write while
+    the guest is frozen, as many as the freeze may take are reserved.
     """
-    instant = next_instant(time.time(), state.last_instant)
+
+    tracking: Tracking
+    name: str | None
+    mark: Mark | None = None
+    is_served: bool = False
+
+    def reserve(self, seconds: float) -> None:
+        """Reserve the labels of so many seconds."""
+        if self.name is not None:
+            state = self.tracking.launcher.state
+            state.reserve(next_instant(time.time() + seconds + 2 * HEADROOM_SECONDS, state.last_instant))
+
+    def render(self) -> str | None:
+        """Take a label; return the checkpoint's XML."""
+        if self.name is None:
+            return None
+        state = self.tracking.launcher.state
+        instant = next_instant(time.time() + HEADROOM_SECONDS, state.last_instant)
+        state.take(instant)
+        self.mark, xml = new_checkpoint(self.name, instant, self.tracking.seen.disks, self.tracking.why_not)
+        return xml
+
+    def label(self, began: float) -> int:
+        """Return the point's label, noted durably."""
+        state = self.tracking.launcher.state
+        if self.mark is None:
+            state.advance_to(next_instant(time.time(), state.last_instant))
+            return state.last_instant
+        state.settle()
+        if (late := began - self.mark.instant) > 0:
+            log.info(
+                "%s: the begin took long: what the guest wrote in the last %.1f s may be younger than the label says",
+                self.tracking.launcher.domain.name,
+                late,
+            )
+        return self.mark.instant
+
+    async def discard(self) -> None:
+        """Delete it unless the point has come to be served."""
+        if self.mark is not None and not self.is_served:
+            with trio.CancelScope(shield=True):
+                await self.tracking.checkpoints.discard(self.mark)
+
+
+async def _wait_until(domain: str, instant: int) -> None:
+    """Wait until the clock has reached the label; rsync and its like compare whole seconds."""
     ahead = instant - time.time()
-    if ahead > 1.0:
+    if ahead > 1.0 + HEADROOM_SECONDS:
         log.warning(
             "%s: the clock is %.0f s behind the last point in time; labels run ahead of it until it has caught up",
             domain,
             math.ceil(ahead),
         )
     else:
-        await trio.sleep(ahead)
-    state.advance_to(instant)
-    return instant
+        await trio.sleep(max(0.0, ahead))
 
 
 async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) -> bool:
@@ -252,37 +332,6 @@ async def _is_ours(domain: Domain, socket: str, on_lost: Callable[[str], None]) 
         return True
     on_lost("the backup job has ended")
     return False
-
-
-def _socket_path(domain: Domain, state: State, facts: domainxml.DomainFacts, job_id: str) -> str:
-    """Choose where QEMU shall listen: its own folder, which no other user can enter.
-
-    AppArmor and SELinux let QEMU write there, which they do of few other places. Where that
-    folder is not to be seen, a folder of ours, opened to the domain's QEMU alone.
-    """
-    for base in _libvirt_folders(domain.uri):
-        for folder in sorted(base.glob(f"domain-{facts.id}-*")):
-            path = str(folder / f"backupfs-{job_id}.sock")
-            if folder.is_dir() and len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
-                return path
-    folder = Path("/run/backupfs", domain.uuid) if os.geteuid() == 0 else state.folder
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)  # whatever an older one was
-    if os.geteuid() == 0:
-        folder.parent.chmod(0o711)
-        if facts.qemu_user is not None:
-            os.chown(folder, *facts.qemu_user)
-    path = str(folder / f"backupfs-{job_id}.sock")
-    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise LibvirtRefused(domain.name, "begin a backup", f"the socket's path {path} is too long for a socket")
-    return path
-
-
-def _libvirt_folders(uri: str) -> list[Path]:
-    if "/session" not in uri:
-        return [Path("/var/lib/libvirt/qemu")]
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return [Path(config, "libvirt/qemu/lib")]
 
 
 async def _read_nvram(domain: Domain, path: str | None) -> tuple[bytes | None, domainxml.Reason | None]:

@@ -111,7 +111,8 @@ class Freezer:
     alarming: bool = False
 
     @property
-    def _will_freeze(self) -> bool:
+    def will_freeze(self) -> bool:
+        """Whether a begin now would freeze the guest first."""
         return self.wanted.is_wanted and self.why_not is None
 
     def _give_up(self, why: str, *, alarming: bool = True) -> None:
@@ -140,7 +141,7 @@ class Freezer:
         Call it when a job of ours is recorded and nothing else is left to do. Raises what *deed*
         raises, and NotQuiesced; thawed is the guest in any case, or an ERROR in the log says how.
         """
-        if self._will_freeze:
+        if self.will_freeze:
             _note(self.state, True)
             called = trio.current_time()
             count = await self._freeze()

@@ -97,7 +97,7 @@ class Reporter:
 
     def _why(self, point: Point | None) -> dict[str, str]:
         job = self.job
-        left_out = {**job.left_out, **(point.forms.left_out if point else {})}
+        left_out = {**job.left_out, **({**point.forms.left_out, **point.bases.left_out} if point else {})}
         why = {name: f"{reason.text}; {reason.cure}" for name, reason in left_out.items()}
         if point is not None and point.quiesced.why_not is not None:
             why["quiesce"] = point.quiesced.why_not

@@ -86,6 +86,25 @@ class State:
     folder: Path
     last_instant: int = 0
     job: JobRecord | None = None
+    _reserved: int = 0
+
+    def reserve(self, instant: int) -> None:
+        """Note, durably, that labels up to *instant* may be taken; after a crash they go on from there."""
+        if instant > self.last_instant:
+            self._write("instant", {"instant": instant}, mtime=instant)
+            self._reserved = instant
+
+    def take(self, instant: int) -> None:
+        """Take a label for something that keeps it elsewhere, durably; of a reserved one nothing is written."""
+        if instant > self._reserved:
+            self.advance_to(instant)
+        assert instant >= self.last_instant
+        self.last_instant = instant
+
+    def settle(self) -> None:
+        """Note the label that was taken; what was reserved beyond it is free again."""
+        self._write("instant", {"instant": self.last_instant}, mtime=self.last_instant)
+        self._reserved = 0
 
     def advance_to(self, instant: int) -> None:
         """Note the label of a point, durably; only then may the point be served."""

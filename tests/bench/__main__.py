@@ -20,12 +20,12 @@ from typing import Final
 from lab import open_libvirt
 from rich.console import Console
 
-from tests.bench import dense, freeze, growth, guestside, holes
+from tests.bench import dense, freeze, growth, guestside, holes, increments
 from tests.bench.figures import Result, measure
 from tests.bench.report import render_chart, render_lines, render_table
 from tests.bench.stage import Bench, Stage
 
-STAGES: Final = (*dense.STAGES, *holes.STAGES, *growth.STAGES, *freeze.STAGES, *guestside.STAGES)
+STAGES: Final = (*dense.STAGES, *holes.STAGES, *growth.STAGES, *freeze.STAGES, *increments.STAGES, *guestside.STAGES)
 WIDTH: Final = 150  # columns, where there is no terminal
 NAMES: Final = tuple(name for stage in STAGES for name in stage.names)
 _PACKAGES: Final = ("qemu-system-x86", "libvirt-daemon", "libnbd-bin", "fio", "coreutils", "tar")

@@ -160,7 +160,7 @@ class Liar:
                 client.sendall(struct.pack(">QIII", OPT_REPLY, option, kind, len(data)) + data)
 
             if option == OPT_META:
-                if b"base:allocation" in payload:
+                if self.name.split(b":")[0] in payload:
                     reply(4, struct.pack(">I", 1) + self.name)
                 reply(1)
             elif option == OPT_STRUCTURED:

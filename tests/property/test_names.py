@@ -21,17 +21,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from backupfs import checkpoints as checkpoints_module
 from backupfs import domainxml, errors
+from backupfs.checkpointtree import Checkpoints
 from backupfs.errors import NoSuchFile
 from backupfs.extents import uniform
-from backupfs.forms import DiskImage, Form
+from backupfs.forms import Forms
 from backupfs.image import RawImage
 from backupfs.inodes import Inodes
 from backupfs.logs import LONGEST_LINE, RingLog
 from backupfs.mount import _fuse_options
+from backupfs.mounted import Mounted
 from backupfs.options import Options
+from backupfs.pointtree import PointFolder
 from backupfs.status import render_json, render_metrics, render_table
-from backupfs.tree import Checkpoints, Inner, PointFolder, Root, Tree
+from backupfs.tree import Inner, Root
 from tests.unit.test_status import DISK, SNAPSHOT, parse_metrics
 
 NASTY = ["..", ".", "", "/", "a/b", "../../etc/passwd", "a\nb", "\x1b[2J", "\0", "ä" * 200, "x" * 256, "\udcff",
@@ -39,19 +43,16 @@ NASTY = ["..", ".", "", "/", "a/b", "../../etc/passwd", "a\nb", "\x1b[2J", "\0",
 names = st.sampled_from(NASTY) | st.text(st.characters(codec=None), max_size=300)
 
 
-def tree_of(checkpoints: dict[str, str]) -> Tree:
+def tree_of(checkpoints: dict[str, str]) -> Mounted:
     async def listed() -> dict[str, str]:
         return checkpoints
 
-    domain = SimpleNamespace(name="d", uuid="u", uri="x", checkpoints=listed)
-    form: Any = Form({"domain.xml": b"<x/>"}, {"vda.raw": DiskImage("vda", RawImage(None, uniform(0)))})
-
-    async def ready(_name: str) -> Any:
-        return form
-
+    domain: Any = SimpleNamespace(name="d", uuid="u", uri="x", checkpoints=listed)
+    store: Any = SimpleNamespace(checkpoints={})
+    images: dict[str, Any] = {}
     point = SimpleNamespace(
         generation=1, domain="d", instant=7, lost=None, over=False, job_id="j",
-        forms=SimpleNamespace(get=ready), exports={},
+        images=images, newest={"vda": 7}, exports={}, forms=Forms("d", "u", 7, "<domain/>", {}, images, {}),
     )  # fmt: skip
 
     async def look() -> Any:
@@ -61,14 +62,15 @@ def tree_of(checkpoints: dict[str, str]) -> Tree:
     job: Any = SimpleNamespace(
         domain=domain, point=point, generation=1, state=SimpleNamespace(value="running"), look=look,
         lease=lambda *_a, **_k: lease, touch_if_lost=lambda: None, record=SimpleNamespace(last_instant=7),
+        checkpoints=checkpoints_module.Checkpoints(domain, store),
     )  # fmt: skip
-    return Tree(job, {"log": lambda: b""}, started=1)
+    return Mounted(job, {"log": lambda: b""}, started=1)
 
 
 @given(st.lists(names, max_size=8, unique=True))
 @example(NASTY)
 async def test_no_checkpoint_s_name_leaves_its_folder(told: list[str]) -> None:
-    xml = "<domaincheckpoint><name>x</name><creationTime>5</creationTime></domaincheckpoint>"
+    xml = "<domaincheckpoint><creationTime>5</creationTime></domaincheckpoint>"
     folder = Checkpoints(tree_of(dict.fromkeys(told, xml)))
     entries = (await folder.open(0)).entries
     for name, node in entries:
@@ -93,6 +95,8 @@ async def test_no_checkpoint_s_name_leaves_its_folder(told: list[str]) -> None:
 @given(names)
 async def test_whatever_is_looked_up_is_in_the_tree_or_not_there(name: str) -> None:
     tree = tree_of({})
+    export: Any = SimpleNamespace()
+    tree.job.point.images["vda"] = RawImage(export, uniform(0))
     for folder in (Root(tree), PointFolder(tree, "raw", 1), Checkpoints(tree), Inner(tree)):
         try:
             found = await folder.child(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -81,3 +83,48 @@ def test_a_thread_is_of_its_process() -> None:
     thread.start()
     thread.join()
     assert thread_group(seen[0]) in (seen[0], os.getpid()), "gone, or the number given anew"
+
+
+async def test_others_are_who_has_a_file_open_or_lives_on_but_not_one_s_own(
+    process: subprocess.Popen[bytes], autojump_clock: object
+) -> None:
+    point: Any = SimpleNamespace(lost=None, over=False)
+    holders = Holders(lambda: None, lambda: None)
+    lease = holders.lease(point, os.getpid())
+    async with trio.open_nursery() as nursery:
+        holders.add(os.getpid(), nursery)
+        assert await holders.others(point, os.getpid()) == ""
+        # To its own child, this process is the script that has run it; but not while it has a file open.
+        assert await holders.others(point, process.pid) == f"process {os.getpid()}"
+        lease.release()
+        assert await holders.others(point, process.pid) == ""
+        holders.lease(SimpleNamespace(lost=None, over=False), 0)  # type: ignore[arg-type]  # of another point
+        assert await holders.others(point, process.pid) == ""
+        holders.add(process.pid, nursery)
+        assert await holders.others(point, os.getpid()) == f"process {process.pid}"
+        holders.forget_processes()
+        nursery.cancel_scope.cancel()
+    process.communicate()
+    held = holders.lease(point, 0)
+    assert await holders.others(point, os.getpid()) == "a process that is not known"
+    held.release()
+
+
+async def test_news_of_a_release_is_waited_for(autojump_clock: object) -> None:
+    point: Any = SimpleNamespace(lost=None, over=False)
+    holders = Holders(lambda: None, lambda: None)
+    lease = holders.lease(point, 1)
+
+    async def release() -> None:
+        await trio.sleep(0.5)
+        lease.release()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(release)
+        assert await holders.others(point, os.getpid()) == ""
+
+
+async def test_who_has_gone_has_no_parents() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert await Holders(lambda: None, lambda: None).others(SimpleNamespace(), gone.pid) == ""  # type: ignore[arg-type]

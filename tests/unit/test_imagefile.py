@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backupfs.imagefile import identify_image
+from backupfs.imagefile import identify_image, qcow2_version
 
 
 def test_identity_is_what_stat_tells(tmp_path: Path) -> None:
@@ -52,3 +52,16 @@ def test_file_system_without_birth_times_is_no_error() -> None:
     found = identify_image("/proc/self/status")
     assert found is not None
     assert found.birth == 0
+
+
+def test_the_version_of_a_qcow2_image_is_read_and_of_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    assert qcow2_version(str(path)) is None
+    for contents, version in (
+        (b"QFI\xfb\0\0\0\3more", 3),
+        (b"QFI\xfb\0\0\0\2", 2),
+        (b"QFI\xfb\0", None),
+        (bytes(8), None),
+    ):
+        path.write_bytes(contents)
+        assert qcow2_version(str(path)) == version

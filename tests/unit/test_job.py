@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ import trio
 import trio.testing
 
 from backupfs import job as job_module
-from backupfs.errors import DomainNotRunning, NotBegun, PointLost, PointOver
+from backupfs.bases import Bases
+from backupfs.errors import BadCheckpointName, DomainNotRunning, NotBegun, PointInUse, PointLost, PointOver
 from backupfs.forms import Forms
 from backupfs.job import QUIET_SECONDS, TRANSITIONS, Event, Job, JobState, open_job
 from backupfs.link import Happening, Kind
-from backupfs.options import Options
+from backupfs.options import BackingName, Options
 from backupfs.point import Point
 from backupfs.quiesce import Quiesced
+from backupfs.tracking import Concluded
 
 
 @dataclass(eq=False)
@@ -48,11 +51,10 @@ class Backend:
     @contextlib.asynccontextmanager
     async def open_point(
         self,
-        domain: Any,
-        record: Any,
-        options: Options,
+        launcher: Any,
+        checkpoints: Any,
         *,
-        keeper: Any,
+        checkpoint: str | None,
         generation: int,
         on_lost: Callable[[str], None],
     ) -> AsyncIterator[Point]:
@@ -66,8 +68,9 @@ class Backend:
         try:
             yield Point(
                 generation=generation, domain=self.name, job_id="j", socket=f"/s{self.begun}", began=time.time(),
-                took=0.0, instant=self.begun, images={},
-                forms=Forms(self.name, "", self.begun, "<domain/>", {}, {}, {}),
+                took=0.0, instant=self.begun, images={}, newest={},
+                forms=Forms(self.name, "", self.begun, "<domain/>", {}, {}, {}), checkpoint=checkpoint,
+                bases=Bases(self.name, "", self.begun, BackingName(), {}, {}, {}, Concluded({}, {})),
                 exports={}, scratches={}, left_out={}, quiesced=self.quiesced,
             )  # fmt: skip
         finally:
@@ -84,7 +87,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 def opened(backend: Backend, **options: Any) -> contextlib.AbstractAsyncContextManager[Job]:
-    return open_job(backend, backend, Options(**options), backend)  # type: ignore[arg-type]
+    return open_job(backend, backend, Options(**options), backend, backend)  # type: ignore[arg-type]
 
 
 async def test_all_who_look_share_one_point(backend: Backend, autojump_clock: Any) -> None:
@@ -357,3 +360,67 @@ async def test_what_the_guard_wants_to_know_changes_nothing_here(backend: Backen
         await trio.testing.wait_all_tasks_blocked()
         assert job.state is JobState.RUNNING
         backend.running = 1
+
+
+@pytest.fixture
+def preflights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of checkpoints that were looked at; what is put in as `error` is raised."""
+    seen: list[str] = []
+
+    async def preflight(launcher: Any, checkpoint: str, checkpoints: Any) -> None:
+        seen.append(checkpoint)
+        if checkpoint == "bad":
+            raise BadCheckpointName("web01", checkpoint, "it is bad")
+
+    monkeypatch.setattr(job_module, "preflight", preflight)
+    return seen
+
+
+async def test_mkdir_ends_the_one_point_and_begins_the_next(
+    backend: Backend, preflights: list[str], autojump_clock: Any
+) -> None:
+    async with opened(backend, begin="mkdir") as job:
+        with pytest.raises(NotBegun, match="mkdir checkpoints/NAME"):
+            await job.look()
+        await job.make_checkpoint("one", pid=os.getpid())
+        first = await job.look()
+        assert first.checkpoint == "one"
+        await job.make_checkpoint("two", pid=os.getpid())
+        assert first.over
+        assert (await job.look()).checkpoint == "two"
+        assert backend.running == 1
+        assert preflights == ["one", "two"]
+
+
+async def test_mkdir_that_cannot_be_leaves_the_point_alone(
+    backend: Backend, preflights: list[str], autojump_clock: Any
+) -> None:
+    async with opened(backend) as job:
+        point = await job.look()
+        with pytest.raises(BadCheckpointName):
+            await job.make_checkpoint("bad", pid=os.getpid())
+        lease = job.lease(point, pid=0)
+        with pytest.raises(PointInUse, match="not known"):
+            await job.make_checkpoint("one", pid=os.getpid())
+        assert await job.look() is point
+        lease.release()
+        await job.make_checkpoint("one", pid=os.getpid())
+        assert point.over
+
+
+@pytest.mark.expects_warning
+async def test_mkdir_is_refused_while_a_lost_point_is_not_forgotten(
+    backend: Backend, preflights: list[str], autojump_clock: Any
+) -> None:
+    async with opened(backend) as job:
+        await job.look()
+        assert backend.on_lost is not None
+        backend.on_lost("gone")
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(PointLost):
+            await job.make_checkpoint("one", pid=os.getpid())
+        await job.release()
+        backend.error = DomainNotRunning("web01", "shut off")
+        with pytest.raises(DomainNotRunning):
+            await job.make_checkpoint("one", pid=os.getpid())
+        assert job.state is JobState.IDLE

@@ -127,7 +127,7 @@ def test_a_point_may_not_be_lost_before_it_may_end() -> None:
         ("quiesce=", "is neither auto, require, no, nor a list"),
         ("quiesce=/a:", "nor a list of the guest's mount points, like /srv:/home"),
         ("quiesce=/a\x1b", "nor a list"),
-        ("begin=never", "neither look nor command"),
+        ("begin=never", "neither look, mkdir nor command"),
         ("disks=", "names no disk"),
         ("umask=9", "is not an octal mode"),
         ("umask=1777", "is not an octal mode"),
@@ -187,3 +187,30 @@ def test_scratch_reserve() -> None:
     assert parse_options("scratch-reserve=2%").scratch_reserve == Reserve(percent=2)
     with pytest.raises(UsageError, match="write 512M, 5G or 10%"):
         parse_options("scratch-reserve=lots")
+
+
+def test_the_words_of_checkpoints() -> None:
+    options = parse_options("checkpoint=day-%j,keep=7,begin=mkdir,backing={checkpoint}.{disk}.raw,format=raw,idle=5m")
+    assert (options.checkpoint, options.keep, options.begin, options.idle) == ("day-%j", 7, "mkdir", 300.0)
+    assert options.backing.format == "raw"
+    assert options.backing.name("vda", "monday") == "monday.vda.raw"
+    assert parse_options("").backing.name("vda", "monday") == "vda.monday.qcow2"
+    assert parse_options("checkpoint=day,checkpoint=none").checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("checkpoint=a b", "makes no name"),
+        ("checkpoint=", "makes no name"),
+        ("keep=0", "not a number from 1"),
+        ("keep=x", "not a number from 1"),
+        ("backing=", "is empty"),
+        ("backing=" + "x" * 1024, "too long"),
+        ("backing=x,format=vmdk", "neither qcow2 nor raw"),
+        ("format=raw", "unknown option format"),
+    ],
+)
+def test_what_is_wrong_of_checkpoints_is_named(text: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        parse_options(text)

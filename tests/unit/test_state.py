@@ -51,6 +51,36 @@ def test_labels_never_go_back() -> None:
     assert next_instant(10.000001, 10) == 11
 
 
+def test_a_label_that_was_reserved_is_taken_without_a_write_and_never_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last() -> int:
+        with open_state("host", "uuid", domain="d", holder="/mnt") as state:
+            return state.last_instant
+
+    with open_state("host", "uuid", domain="d", holder="/mnt") as state:
+        state.advance_to(100)
+        state.reserve(90)  # nothing to do
+        state.reserve(130)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("a write while the guest may be frozen"))
+        state.take(110)
+        monkeypatch.undo()
+        assert state.last_instant == 110
+    monkeypatch.setenv("STATE_DIRECTORY", str(folder.parents[1]))
+    assert last() == 130  # as after a crash
+    with open_state("host", "uuid", domain="d", holder="/mnt") as state:
+        state.reserve(160)
+        state.take(140)
+        state.settle()
+        assert next_instant(1.0, state.last_instant) == 141
+    assert last() == 140
+    with open_state("host", "uuid", domain="d", holder="/mnt") as state:
+        state.reserve(150)
+        state.take(155)  # the freeze took longer than was thought: durable all the same
+        assert state.last_instant == 155
+    assert last() == 155
+
+
 def test_the_label_is_on_disk_before_it_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     fsync, replace = os.fsync, Path.replace
