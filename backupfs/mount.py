@@ -129,9 +129,11 @@ async def _serve_job(
         if reporter.why_no_seeks is not None:
             log.info("%s: tools that ask for holes are told that all is data: %s", job.domain.name, seeks.why_not)
 
+        reporter.read_ahead = lambda: mountpoint.read_ahead(fuse.device)
+
         def settle_read_ahead() -> None:
             # Not before: answering the kernel's INIT sets it back.
-            reporter.read_ahead = mountpoint.raise_read_ahead(fuse.device)
+            mountpoint.raise_read_ahead(fuse.device)
 
         operations.at_first_request = settle_read_ahead
         async with trio.open_nursery() as nursery:

@@ -101,8 +101,8 @@ def check_overlap(mount_point: str, paths: Iterable[str]) -> None:
             raise MountPointError(mount_point, f"the mount would hide {path}, which the domain needs; choose another")
 
 
-def raise_read_ahead(device: str) -> int:
-    """Let the kernel read farther ahead on the mount of *device*; return how far it does, in bytes.
+def raise_read_ahead(device: str) -> None:
+    """Let the kernel read farther ahead on the mount of *device*, if we may.
 
     It reads 128 KiB ahead unless told otherwise, and asks for no more at a time. Only root may
     tell it. More than a megabyte is slower again.
@@ -116,11 +116,18 @@ def raise_read_ahead(device: str) -> int:
                 file.flush()
     except OSError:
         pass  # then what it is, is told
+
+
+def read_ahead(device: str) -> int:
+    """Return how far the kernel reads ahead on the mount of *device*, in bytes; 0: not known.
+
+    Asked for anew each time, for root may raise it at any time.
+    """
     try:
-        with open(path, encoding="ascii") as file:
+        with open(f"{BDI}/{device}/read_ahead_kb", encoding="ascii") as file:
             return int(file.read()) * 1024
     except OSError:
-        return 0  # no sysfs here: not known
+        return 0  # no sysfs here
 
 
 async def wait_unmounted(device: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,7 +31,7 @@ class Reporter:
     mount_point: str
     control: str
     log: str
-    read_ahead: int = 0
+    read_ahead: Callable[[], int] = lambda: 0
     why_no_seeks: str | None = None
     _read: collections.deque[tuple[float, str, dict[str, int]]] = field(
         default_factory=lambda: collections.deque(maxlen=RATE_SECONDS + 1)
@@ -88,7 +89,7 @@ class Reporter:
             scratch_used=self._scratch_used,
             disks={target: self._disk(point, target) for target in point.exports} if point else {},
             rate_limit=job.options.rate,
-            read_ahead=self.read_ahead,
+            read_ahead=self.read_ahead(),
             sparse_seeks=self.why_no_seeks is None,
             control=self.control,
             log=self.log,

@@ -32,6 +32,7 @@ from lab.libvirtd import Libvirt
 MIB = 2**20
 BOOT_SECONDS = 120.0
 COMMAND_SECONDS = 120.0
+MEMORY = 160  # MiB; enough for busybox, and quickly booted
 AGENT_PORT = "org.qemu.guest_agent.0"
 
 _names = itertools.count(1)
@@ -264,12 +265,13 @@ def domain_xml(
     *,
     agent: bool,
     extra: str,
+    memory: int = MEMORY,
 ) -> str:
     """Write the definition of a guest that boots from the lab's kernel."""
     drawn = "".join(disk.xml(path) for disk, path in disks)
     agent_xml = f"<channel type='unix'><target type='virtio' name='{AGENT_PORT}'/></channel>" if agent else ""
     return f"""<domain type='qemu'><name>{name}</name><uuid>{identity}</uuid>
-<memory unit='MiB'>160</memory><vcpu>1</vcpu>
+<memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type>
 <kernel>{folder}/vmlinuz</kernel><initrd>{folder}/initrd</initrd>
 <cmdline>console=ttyS0 quiet panic=-1 mitigations=off</cmdline>{extra}</os>
@@ -285,11 +287,17 @@ def domain_xml(
 
 @contextlib.contextmanager
 def open_guest(
-    lab: Libvirt, disks: Sequence[Disk], *, agent: bool = False, extra: str = "", start: bool = True
+    lab: Libvirt,
+    disks: Sequence[Disk],
+    *,
+    agent: bool = False,
+    extra: str = "",
+    start: bool = True,
+    memory: int = MEMORY,
 ) -> Iterator[Guest]:
     """Define and boot a guest with *disks*; destroy and undefine it on the way out.
 
-    *extra* goes into `<os>` (an `<nvram>`, say).
+    *extra* goes into `<os>` (an `<nvram>`, say); *memory* is in MiB.
     """
     name = f"guest{os.getpid()}-{next(_names)}"
     identity = str(uuid.uuid4())
@@ -304,7 +312,9 @@ def open_guest(
     connection = lab.connect()
     guest = None
     try:
-        xml = domain_xml(name, identity, folder, paths, agent=agent, extra=extra.replace("{folder}", str(folder)))
+        xml = domain_xml(
+            name, identity, folder, paths, agent=agent, extra=extra.replace("{folder}", str(folder)), memory=memory
+        )
         domain = connection.defineXML(xml)
         guest = Guest(
             lab,

@@ -14,14 +14,14 @@ from typing import Final
 
 from tests.bench import meters
 from tests.bench.figures import Figure
-from tests.bench.images import GIB, MIB, make_dense, make_striped, make_thin
+from tests.bench.images import GIB, MIB, TIB, make_dense, make_striped, make_thin, size_text
 from tests.bench.meters import MB
 from tests.bench.rivals import Backupfs, open_backupfs
 from tests.bench.stage import Bench, Groups, Stage
 
-SIZES: Final = {"1 GiB": 1, "32 GiB": 32, "1 TiB": 1024}  # in GiB
+SIZES: Final = (GIB, 32 * GIB, TIB)
 PIECES: Final = 64  # of each, wherever they lie
-EXTENTS: Final = {"2,000 extents": 2_000, "200,000 extents": 200_000, "2,000,000 extents": 2_000_000}
+EXTENTS: Final = (2_000, 200_000, 2_000_000)
 DOMAINS: Final = 4
 
 
@@ -64,8 +64,8 @@ def _mounted(bench: Bench, images: Mapping[str, Path]) -> Iterator[dict[str, Bac
 @contextlib.contextmanager
 def open_sizes(bench: Bench) -> Iterator[Groups]:
     images = {
-        name: make_thin(bench.folder / f"{size}.qcow2", bench.scaled(size * GIB), max(4, bench.scaled(PIECES)))
-        for name, size in SIZES.items()
+        size_text(size): make_thin(bench.folder / f"{size}.qcow2", size, max(4, bench.scaled(PIECES)))
+        for size in map(bench.scaled, SIZES)
     }
     with _mounted(bench, images) as mounts:
         yield {"growth-size": lambda: _of_one("growth-size", mounts)}
@@ -74,7 +74,8 @@ def open_sizes(bench: Bench) -> Iterator[Groups]:
 @contextlib.contextmanager
 def open_extents(bench: Bench) -> Iterator[Groups]:
     images = {
-        name: make_striped(bench.folder / f"{count}.qcow2", bench.scaled(count)) for name, count in EXTENTS.items()
+        f"{count:,} extents": make_striped(bench.folder / f"{count}.qcow2", count)
+        for count in map(bench.scaled, EXTENTS)
     }
     with _mounted(bench, images) as mounts:
 

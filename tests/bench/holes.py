@@ -21,7 +21,7 @@ from typing import Final
 
 from tests.bench import meters
 from tests.bench.figures import Figure, at_least, at_most
-from tests.bench.images import GIB, MIB, TIB, iter_pieces, make_dense, make_thin, raw_of
+from tests.bench.images import GIB, MIB, TIB, iter_pieces, make_dense, make_thin, raw_of, size_text
 from tests.bench.meters import MB
 from tests.bench.rivals import Backupfs, open_backupfs
 from tests.bench.stage import Bench, Groups, Stage
@@ -99,32 +99,35 @@ class Holes:
     def tool(self, name: str) -> list[Figure]:
         """Measure one tool on the thin disk, beside itself on the dense one."""
         command, dense, thin = TOOLS[name], self.ours.image("vdb"), self.ours.image("vda")
+        dense_label = f"backupfs {size_text(dense.stat().st_size)} dense"
+        thin_label = f"backupfs {size_text(thin.stat().st_size)} thin"
         return [
-            Figure(name, "backupfs 1 GiB dense", "s", lambda: self._copy(command, dense, None, 0)),
+            Figure(name, dense_label, "s", lambda: self._copy(command, dense, None, 0)),
             Figure(
                 name,
-                "backupfs 1 TiB thin",
+                thin_label,
                 "s",
                 lambda: self._copy(command, thin, self.truth, self.pieces),
-                (at_most(1.3, "backupfs 1 GiB dense"),),
+                (at_most(1.3, dense_label),),
             ),
         ]
 
     def rsync(self) -> list[Figure]:
         """Measure rsync, which never seeks, beside itself on an equally sparse local file."""
         size = self.small_truth.stat().st_size
+        thin = f"{size_text(size)} thin"
 
         def speed(source: Path) -> float:
             return size / self._copy("rsync -S {0} {1}", source, self.small_truth, self.small_pieces) / MB
 
         return [
-            Figure("rsync-S", "8 GiB thin, local file", "MB/s", lambda: speed(self.small_truth)),
+            Figure("rsync-S", f"{thin}, local file", "MB/s", lambda: speed(self.small_truth)),
             Figure(
                 "rsync-S",
-                "backupfs 8 GiB thin",
+                f"backupfs {thin}",
                 "MB/s",
                 lambda: speed(self.ours.image("vdc")),
-                (at_least(0.7, "8 GiB thin, local file"),),
+                (at_least(0.7, f"{thin}, local file"),),
             ),
         ]
 
@@ -132,7 +135,11 @@ class Holes:
         thin = self.ours.image("vda")
         size = thin.stat().st_size
         runtime = 0.3 if self.quick else 2.0
-        return [Figure("seeks", "backupfs 1 TiB thin", "1/s", lambda: meters.seeks_a_second(thin, size, runtime))]
+        return [
+            Figure(
+                "seeks", f"backupfs {size_text(size)} thin", "1/s", lambda: meters.seeks_a_second(thin, size, runtime)
+            )
+        ]
 
 
 @contextlib.contextmanager

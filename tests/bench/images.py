@@ -24,6 +24,14 @@ TIB: Final = 2**40
 SECTOR: Final = 512
 
 
+def size_text(size: int) -> str:
+    """Write a size as a label shows it: in the biggest unit of which it is a whole number."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB")):
+        if size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} bytes"
+
+
 def make_dense(path: Path, size: int) -> Path:
     """Make a qcow2 image of *size* random bytes."""
     return _made(path, [(0, size)], size)
@@ -119,7 +127,7 @@ def settle(path: Path) -> Path:
 
 
 def make_tools_disk(path: Path, programs: list[str]) -> Path:
-    """Make an ext4 image with *programs* of the host and their libraries, for guests that have none."""
+    """Make a qcow2 image of an ext4 with *programs* of the host and their libraries, for guests that have none."""
     root = path.with_suffix(".tree")
     for program in programs:
         found = shutil.which(program)
@@ -133,10 +141,13 @@ def make_tools_disk(path: Path, programs: list[str]) -> Path:
             if not target.exists():
                 shutil.copy(Path(file).resolve(), target)
     content = sum(file.stat().st_size for file in root.iterdir())
-    with open(path, "wb") as image:
+    raw = raw_of(path)
+    with open(raw, "wb") as image:
         image.truncate((content * 5 // 4 // MIB + 16) * MIB)
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", root, path], check=True, capture_output=True)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", root, raw], check=True, capture_output=True)
     shutil.rmtree(root)
+    _qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, path)
+    raw.unlink()
     return settle(path)
 
 

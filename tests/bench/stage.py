@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import Disk, Guest, Libvirt, open_guest
+from lab.guest import MEMORY
 
 from tests.bench.figures import Figure, Target, Unavailable
 from tests.bench.rivals import Served
@@ -33,9 +34,10 @@ class Bench:
         return size // 16 if self.quick else size
 
     @contextlib.contextmanager
-    def guest(self, images: Mapping[str, Path], *, awake: bool = False) -> Iterator[Guest]:
+    def guest(self, images: Mapping[str, Path], *, awake: bool = False, memory: int = MEMORY) -> Iterator[Guest]:
         """Boot a guest with these qcow2 images; it stands still unless it is to be *awake*."""
-        with open_guest(self.lab, [Disk(target, path=path) for target, path in images.items()]) as guest:
+        disks = [Disk(target, path=path) for target, path in images.items()]
+        with open_guest(self.lab, disks, memory=memory) as guest:
             if not awake:
                 guest.pause()
             yield guest

@@ -224,6 +224,11 @@ def thin_guest(lab: Libvirt) -> Iterator[Guest]:
         yield guest
 
 
+def lie_in(parts: Extents, wholes: Extents) -> bool:
+    """Tell whether each of *parts* lies in one of *wholes*."""
+    return all(any(start <= begin and end <= stop for start, stop in wholes) for begin, end in parts)
+
+
 def qemu_map(guest: Guest) -> Extents:
     """Return where qemu-img finds data in a paused guest's disk."""
     told: list[dict[str, Any]] = json.loads(
@@ -257,6 +262,10 @@ def test_seeks_find_what_qemu_img_finds_and_copies_read_data_only(
     assert walk(mounted.raw / "domain.xml") == [(0, (mounted.raw / "domain.xml").stat().st_size)]
     assert seek(mounted.image, mounted.image.stat().st_size, os.SEEK_DATA) == "ENXIO"
 
+    # QEMU's map has whole clusters; qemu-img, which made the truth, has left out the zeros in them.
+    real = walk(truth)
+    assert lie_in(real, expected)
+
     data = sum(stop - start for start, stop in expected)
     copy = tmp_path / "copy"
     archived = f"-C {mounted.raw} -cf - vda.raw | tar -C {tmp_path} --transform s/vda.raw/copy/ -xSf -"
@@ -273,7 +282,11 @@ def test_seeks_find_what_qemu_img_finds_and_copies_read_data_only(
         assert mounted.status()["disks"]["vda"]["read"] - before <= 2 * data + 8 * MIB, name
         assert copy.stat().st_size == truth.stat().st_size
         assert copy.stat().st_blocks * 512 <= data + MIB, name
-        assert walk(copy) == walk(truth), name
+        found = walk(copy)
+        assert lie_in(real, found), name
+        assert lie_in(found, expected), name
+        if name in ("cp", "convert"):  # they look for zeros in the data, the others take what they are told
+            assert found == real, name
         with open(copy, "rb") as one, open(truth, "rb") as other:
             for start, stop in expected:
                 one.seek(start)

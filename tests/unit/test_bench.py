@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -25,8 +27,9 @@ from tests.bench.figures import (
     at_most,
     measure,
 )
+from tests.bench.guestside import KINDS, GuestSide
 from tests.bench.holes import NotTheSame, check_copy, iter_data
-from tests.bench.images import MIB, iter_pieces
+from tests.bench.images import GIB, MIB, TIB, iter_pieces, size_text
 from tests.bench.meters import parse_fio
 from tests.bench.report import number_text, render_chart, render_lines, render_table, verdict_text
 
@@ -249,3 +252,34 @@ def test_true_copy_passes_and_others_do_not(truth: Path, tmp_path: Path) -> None
     subprocess.run(["cp", "--sparse=never", truth, copy], check=True)
     with pytest.raises(NotTheSame, match="takes"):
         check_copy(copy, truth, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(TIB, "1 TiB"), (TIB // 16, "64 GiB"), (GIB // 16, "64 MiB"), (1536 * MIB, "1536 MiB"), (1000, "1000 bytes")],
+)
+def test_label_tells_the_size_that_it_is(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_guest_is_run_once_a_round_in_each_state_and_all_kinds_are_of_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = 0
+
+    def fio(_side: GuestSide) -> dict[str, float]:
+        nonlocal runs
+        runs += 1
+        return {kind: float(runs) for kind, _ in KINDS}
+
+    monkeypatch.setattr(GuestSide, "fio", fio)
+    for state in ("held", "plain"):
+        monkeypatch.setattr(GuestSide, state, lambda _side, *_words, **_more: contextlib.nullcontext())
+    guest: Any = None  # nobody asks it
+    results = measure(GuestSide(tmp_path, guest, 1).figures(), 3)
+    by_state: dict[str, set[tuple[float, ...]]] = {}
+    for result in results:
+        assert len(set(result.values)) == 3
+        by_state.setdefault(result.who, set()).add(result.values)
+    assert all(len(values) == 1 for values in by_state.values())
+    assert runs == 3 * len(by_state)
