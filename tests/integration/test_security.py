@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from lab import Disk, Guest, Libvirt, open_guest
 
-from backupfs import domainxml, point
+from backupfs import domainxml, launch
 
 from ..faults import Fault
 from .conftest import COMMAND, MIB, Mounted, Mounter
@@ -74,8 +74,8 @@ def test_no_secret_is_in_any_file_of_the_mount_nor_in_the_log(telltale: Guest, m
     shown = {}
     for folder, _, names in os.walk(mounted.path):
         for name in names:
-            if not name.endswith(".raw"):
-                shown[f"{folder}/{name}"] = Path(folder, name).read_text()
+            if not name.endswith(".raw"):  # a qcow2 file too: its header tells of the domain
+                shown[f"{folder}/{name}"] = Path(folder, name).read_bytes().decode(errors="replace")
     for inner in ("status.json", "metrics.prom", "log"):
         shown[inner] = (mounted.path / ".backupfs" / inner).read_text()
     shown["the state folder"] = "".join(
@@ -141,7 +141,7 @@ def test_allow_other_and_umask_open_as_much_as_they_say(own_guest: Guest, mount:
 def test_the_fallback_folder_is_qemus_alone(monkeypatch: pytest.MonkeyPatch, before: int | None) -> None:
     identity = str(uuid.uuid4())
     folder = Path("/run/backupfs", identity)
-    monkeypatch.setattr(point, "_libvirt_folders", lambda _uri: [])
+    monkeypatch.setattr(launch, "_libvirt_folders", lambda _uri: [])
     if before is not None:
         folder.mkdir(parents=True)
         folder.chmod(before)
@@ -150,7 +150,7 @@ def test_the_fallback_folder_is_qemus_alone(monkeypatch: pytest.MonkeyPatch, bef
     domain: Any = SimpleNamespace(uri="qemu:///system", uuid=identity, name="web01")
     state: Any = SimpleNamespace(folder=Path("/nowhere"))
     try:
-        path = point._socket_path(domain, state, facts, "0123456789abcdef")
+        path = launch._socket_path(domain, state, facts, "0123456789abcdef")
         assert path == f"{folder}/backupfs-0123456789abcdef.sock"
         found = folder.stat()
         assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o700, nobody.pw_uid)
@@ -191,7 +191,7 @@ def test_odd_names_only_name(lab: Libvirt, mount: Mounter, fault: Faults, tmp_pa
 
 
 def test_nothing_is_ever_handed_to_a_shell() -> None:
-    source = Path(point.__file__).parent
+    source = Path(launch.__file__).parent
     for path in source.glob("*.py"):
         text = path.read_text()
         assert not re.search(r"shell\s*=|os\.system|os\.popen|getoutput|create_subprocess_shell", text), path
